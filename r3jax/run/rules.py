@@ -1,0 +1,193 @@
+"""What a config's fields may hold: one table, checked before any work starts.
+
+Each row names the fields it looks at (dotted), a predicate over their values, and what the user is told. A
+row with a field that the config does not have is skipped, so one table serves every config. In sentences
+{0}, {1} are the values of the named fields.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from r3jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    fields: tuple[str, ...]
+    holds: Callable[..., bool]
+    sentence: str
+
+
+def at_least(low: float, *fields: str, why: str = "") -> list[Rule]:
+    return [Rule((f,), lambda v: v >= low, f"must be at least {low}{why}, not {{0}}") for f in fields]
+
+
+def above(low: float, *fields: str, why: str = "") -> list[Rule]:
+    return [Rule((f,), lambda v: v > low, f"must be above {low}{why}, not {{0}}") for f in fields]
+
+
+def between(low: float, high: float, *fields: str) -> list[Rule]:
+    return [
+        Rule((f,), lambda v: low <= v <= high, f"must be between {low} and {high}, not {{0}}") for f in fields
+    ]
+
+
+def one_of(field: str, *options: str) -> list[Rule]:
+    return [Rule((field,), lambda v: v in options, f"must be one of {', '.join(options)}, not {{0!r}}")]
+
+
+def _has(name: str) -> Callable[[str], bool]:
+    return lambda path: (pathlib.Path(path) / name).is_file()
+
+
+def _has_split(path: str, split: str) -> bool:
+    return (pathlib.Path(path) / "qrels" / f"{split}.tsv").is_file()
+
+
+RULES: list[Rule] = [
+    Rule(("name",), lambda v: bool(v) and "/" not in v, "must be a name without a slash, not {0!r}"),
+    *at_least(0, "seed"),
+    Rule(("init_from",), lambda v: not v or pathlib.Path(v).exists(), "names {0!r}, which does not exist"),
+    # data
+    Rule(("data.path",), lambda v: pathlib.Path(v).is_dir(), "names {0!r}, which is not a folder"),
+    Rule(
+        ("data.path",),
+        _has("corpus.jsonl"),
+        "names {0!r}, which holds no corpus.jsonl (a BEIR data set does)",
+    ),
+    Rule(
+        ("data.path",),
+        _has("queries.jsonl"),
+        "names {0!r}, which holds no queries.jsonl (a BEIR data set does)",
+    ),
+    *one_of("data.on_error", "strict", "skip"),
+    Rule(
+        ("data.train_split", "data.path"),
+        lambda s, p: _has_split(p, s),
+        "is {0!r}, but {1}/qrels/{0}.tsv is not there",
+    ),
+    Rule(
+        ("data.validation_split", "data.path"),
+        lambda s, p: not s or _has_split(p, s),
+        "is {0!r}, but {1}/qrels/{0}.tsv is not there",
+    ),
+    Rule(
+        ("data.eval_splits", "data.path"),
+        lambda splits, p: all(_has_split(p, s) for s in splits),
+        "is {0}, but {1}/qrels does not hold a .tsv file for each",
+    ),
+    Rule(
+        ("data.train_split", "data.eval_splits"),
+        lambda train, held_out: train not in held_out,
+        "is {0!r}, which data.eval_splits holds too; an evaluation on training queries shows nothing",
+    ),
+    *at_least(1, "data.max_query_tokens", "data.max_doc_tokens"),
+    *at_least(0, "data.workers"),
+    # tokenizer: 256 bytes and a handful of special tokens are the least that a byte-level BPE can have
+    *at_least(300, "tokenizer.vocab_size"),
+    Rule(
+        ("tokenizer.path",), lambda v: not v or pathlib.Path(v).exists(), "names {0!r}, which does not exist"
+    ),
+    # model
+    *at_least(
+        1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn"
+    ),
+    *at_least(1, "model.vocab"),
+    *above(0, "model.rope_theta", "model.norm_eps"),
+    Rule(("model.head_dim",), lambda v: v % 2 == 0, "must be even, for rotary positions turn pairs, not {0}"),
+    Rule(
+        ("model.heads", "model.kv_heads"),
+        lambda n, k: n % k == 0,
+        "({0}) must be a multiple of model.kv_heads ({1})",
+    ),
+    Rule(
+        ("model.vocab", "tokenizer.vocab_size"),
+        lambda rows, tokens: rows >= tokens,
+        "({0} rows) must be at least tokenizer.vocab_size ({1})",
+    ),
+    *one_of("model.compute_dtype", "float32", "bfloat16"),
+    *one_of("model.param_dtype", "float32", "bfloat16"),
+    # mesh
+    *[
+        Rule((f,), lambda v: v == -1 or v >= 1, "must be at least 1, or -1 for all devices left, not {0}")
+        for f in ("mesh.data", "mesh.fsdp", "mesh.tensor")
+    ],
+    Rule(
+        ("mesh.data", "mesh.fsdp", "mesh.tensor"),
+        lambda *sizes: sizes.count(-1) <= 1,
+        "and mesh.fsdp and mesh.tensor are {0}, {1}, {2}; only one of them may be -1",
+    ),
+    Rule(
+        ("mesh.tensor", "model.kv_heads"),
+        lambda t, k: t == -1 or k % t == 0,
+        "({0}) must divide model.kv_heads ({1}), for a head is never cut",
+    ),
+    # stage 1
+    *at_least(0, "sft.steps", "sft.warmup", "sft.weight_decay", "sft.margin"),
+    *at_least(2, "sft.batch_size", why=", for the other queries' documents are the negatives"),
+    *above(0, "sft.learning_rate", "sft.clip_norm", "sft.temperature"),
+    *at_least(0, "sft.ce_weight", "sft.kl_weight", "sft.infonce_weight", "sft.triplet_weight"),
+    Rule(
+        ("sft.ce_weight", "sft.kl_weight", "sft.infonce_weight", "sft.triplet_weight", "sft.steps"),
+        lambda *v: v[-1] == 0 or any(v[:-1]),
+        "and the other three weights of sft are all 0, so stage 1 would learn nothing",
+    ),
+    *between(0, 1, "sft.corrupt_thoughts"),
+    # stage 2
+    *at_least(0, "rl.steps", "rl.warmup", "rl.weight_decay"),
+    *at_least(1, "rl.prompts", "rl.max_new_tokens", "rl.reward.k"),
+    *at_least(2, "rl.group_size", why=", for an advantage compares completions of the same query"),
+    *above(0, "rl.temperature", "rl.learning_rate", "rl.clip_norm"),
+    Rule(
+        ("rl.top_p",), lambda v: v == 1, "must be 1, for truncated sampling biases the policy ratio, not {0}"
+    ),
+    Rule(
+        ("rl.top_k",), lambda v: v == 0, "must be 0, for truncated sampling biases the policy ratio, not {0}"
+    ),
+    *above(0, "rl.clip_low", "rl.clip_high"),
+    Rule(("rl.clip_low",), lambda v: v < 1, "must be below 1, not {0}"),
+    *at_least(0, "rl.kl_weight", "rl.contrastive_weight"),
+    *at_least(0, "rl.reward.retrieval", "rl.reward.format", "rl.reward.length", "rl.reward.min_tokens"),
+    Rule(
+        ("rl.reward.min_tokens", "rl.reward.max_tokens"),
+        lambda low, high: low <= high,
+        "({0}) must not exceed rl.reward.max_tokens ({1})",
+    ),
+    Rule(
+        ("rl.reward.max_tokens", "rl.max_new_tokens"),
+        lambda wanted, limit: wanted <= limit,
+        "({0}) must not exceed rl.max_new_tokens ({1})",
+    ),
+    # index
+    *between(0, 1, "index.budget", "index.rebuild_below"),
+    *at_least(0, "index.max_age", "index.probes"),
+    *at_least(1, "index.over_retrieve"),
+    Rule(
+        ("index.over_retrieve", "rl.reward.k"),
+        lambda candidates, k: candidates >= k,
+        "({0} candidates) must be at least rl.reward.k ({1}), for the reward ranks the best k of them",
+    ),
+    # state and what the user sees
+    *at_least(1, "checkpoint.every", "checkpoint.keep", "log.every"),
+    *at_least(0, "log.samples_every", "evaluate.every"),
+]
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Raises a UserError for the first rule that the values (dotted key to leaf) break."""
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{key} must be a finite number, not {value}.")
+    for rule in RULES:
+        if not all(f in values for f in rule.fields):
+            continue
+        given = [values[f] for f in rule.fields]
+        try:
+            holds = rule.holds(*given)
+        except TypeError:  # a config file that puts text where a number belongs
+            holds = False
+        if not holds:
+            raise UserError(f"config.{rule.fields[0]} {rule.sentence.format(*given)}.")
