@@ -1,0 +1,268 @@
+"""A data set is a folder in BEIR form; this room reads it and checks every line.
+
+    corpus.jsonl      {"_id": str, "title": str (optional), "text": str}    one document per line
+    queries.jsonl     {"_id": str, "text": str}                             one query per line
+    qrels/SPLIT.tsv   query-id <tab> corpus-id <tab> grade                  header line optional
+    thoughts.jsonl    {"query_id": str, "text": str}                        optional: supervised reasoning
+
+The form is that of BEIR (Thakur et al., 2021, arXiv 2104.08663). Other fields in a line are ignored.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from r3jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Documents, queries and judgements; row i of the lists is document (or query) i everywhere else.
+
+    Attributes:
+      name: the folder's name.
+      doc_ids, doc_texts: one entry per document; a text is title and text joined by a space, stripped.
+      query_ids, query_texts: one entry per query, stripped.
+      qrels: split → query id → document id → grade as written; only grades > 0 mean relevant.
+      thoughts: query id → supervised reasoning text; empty when the folder has no thoughts.jsonl.
+      skipped: one message per line dropped under on_error="skip".
+      fingerprint: sha256 (hex) over the names and contents of all files read.
+    """
+
+    name: str
+    doc_ids: list[str]
+    doc_texts: list[str]
+    query_ids: list[str]
+    query_texts: list[str]
+    qrels: dict[str, dict[str, dict[str, int]]]
+    thoughts: dict[str, str]
+    skipped: list[str]
+    fingerprint: str
+
+    @functools.cached_property
+    def doc_row(self) -> dict[str, int]:
+        """Document id → its row in doc_ids and doc_texts."""
+        return {name: row for row, name in enumerate(self.doc_ids)}
+
+    @functools.cached_property
+    def query_row(self) -> dict[str, int]:
+        """Query id → its row in query_ids and query_texts."""
+        return {name: row for row, name in enumerate(self.query_ids)}
+
+    def positives(self, split: str) -> dict[str, list[int]]:
+        """Query id → rows of its relevant documents, best grade first; queries without any are left out.
+
+        Queries come in the order of queries.jsonl. Raises UserError for an unknown split.
+        """
+        if split not in self.qrels:
+            raise UserError(
+                f"split {split!r} is not in data set {self.name!r}; use one of {', '.join(sorted(self.qrels))}."
+            )
+        judged, found = self.qrels[split], {}
+        for query in self.query_ids:
+            grades = sorted(judged.get(query, {}).items(), key=lambda pair: -pair[1])  # stable: file order
+            rows = [self.doc_row[doc] for doc, grade in grades if grade > 0]
+            if rows:
+                found[query] = rows
+        return found
+
+
+class _BadLine(Exception):
+    """What is wrong with one line, and the fix."""
+
+
+class _Reader:
+    """Reads files line by line, hashes what it reads, and raises or collects complaints."""
+
+    def __init__(self, strict: bool):
+        self.strict = strict
+        self.skipped: list[str] = []
+        self.hash = hashlib.sha256()
+
+    def each(self, path: pathlib.Path, label: str, use: Callable[[str, int], None]) -> None:
+        """Calls use(line, number) on every line that is not blank; use raises _BadLine to refuse one."""
+        self.hash.update(f"{label}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                self.hash.update(raw)
+                try:
+                    try:
+                        line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                    except UnicodeDecodeError:
+                        raise _BadLine("not UTF-8 text; save the file as UTF-8") from None
+                    if line.strip():
+                        use(line, number)
+                except _BadLine as bad:
+                    message = f"{path}:{number}: {bad}."
+                    if self.strict:
+                        raise UserError(message) from None
+                    self.skipped.append(message)
+
+
+def load(folder: str | pathlib.Path, *, on_error: str = "strict") -> Dataset:
+    """Reads a BEIR folder into memory.
+
+    Args:
+      folder: the folder described at the top of this file.
+      on_error: "strict" raises at the first bad line; "skip" drops bad lines and lists them in `skipped`
+        (judgements that name a dropped line are dropped, and listed, too).
+
+    Raises:
+      UserError: bad line (with file:line and the fix), missing file, or nothing left to use.
+    """
+    if on_error not in ("strict", "skip"):
+        raise UserError(f'on_error must be "strict" or "skip", not {on_error!r}.')
+    folder = pathlib.Path(folder)
+    corpus, queries = _existing(folder, "corpus.jsonl"), _existing(folder, "queries.jsonl")
+    qrel_files = sorted((folder / "qrels").glob("*.tsv"))
+    if not qrel_files:
+        raise UserError(
+            f"{folder / 'qrels'} holds no .tsv file; add qrels/train.tsv (query-id, corpus-id, score)."
+        )
+
+    reader = _Reader(strict=on_error == "strict")
+    docs = _read_texts(reader, corpus, "document", titled=True)
+    asked = _read_texts(reader, queries, "query", titled=False)
+    qrels = {path.stem: _read_qrels(reader, path, docs, asked) for path in qrel_files}
+    thoughts_file = folder / "thoughts.jsonl"
+    thoughts = _read_thoughts(reader, thoughts_file, asked) if thoughts_file.exists() else {}
+
+    for what, found, file in (("document", docs, corpus), ("query", asked, queries)):
+        if not found:
+            raise UserError(f"{file} holds no usable {what}; add at least one line.")
+    for split, path in zip(qrels, qrel_files, strict=True):
+        if not any(grade > 0 for judged in qrels[split].values() for grade in judged.values()):
+            raise UserError(
+                f"{path} names no relevant document (score > 0); add judgements or delete the file."
+            )
+    return Dataset(
+        name=folder.resolve().name,
+        doc_ids=list(docs),
+        doc_texts=list(docs.values()),
+        query_ids=list(asked),
+        query_texts=list(asked.values()),
+        qrels=qrels,
+        thoughts=thoughts,
+        skipped=reader.skipped,
+        fingerprint=reader.hash.hexdigest(),
+    )
+
+
+def read_thoughts(path: str | pathlib.Path, query_ids: list[str]) -> dict[str, str]:
+    """Reads a thoughts.jsonl ({query_id, text} per line) for known queries; UserError on any bad line."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the path of a thoughts.jsonl.")
+    return _read_thoughts(_Reader(strict=True), path, dict.fromkeys(query_ids, ""))
+
+
+def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} does not exist; give the path of a folder in BEIR form.")
+    if not (folder / name).is_file():
+        raise UserError(
+            f"{folder / name} is missing; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/."
+        )
+    return folder / name
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _BadLine(
+            f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object"
+        ) from None
+    if not isinstance(row, dict):
+        raise _BadLine(f"a JSON {type(row).__name__} where an object is needed; write one object per line")
+    return row
+
+
+def _string(row: dict[str, Any], field: str) -> str:
+    if field not in row:
+        raise _BadLine(f'no "{field}"; add it as a string')
+    value = row[field]
+    if not isinstance(value, str):
+        raise _BadLine(f'"{field}" is {json.dumps(value)[:40]}, not a string; put it in quotes')
+    try:
+        value.encode()  # JSON can escape half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:
+        raise _BadLine(f'"{field}" holds half a surrogate pair; write the character itself') from None
+    return value
+
+
+def _identifier(row: dict[str, Any], field: str) -> str:
+    value = _string(row, field)
+    if not value or any(c in value for c in " \t\r\n"):  # qrels and run files are split at white space
+        raise _BadLine(f'"{field}" is {value!r}; use an id that is not empty and has no white space')
+    return value
+
+
+def _read_texts(reader: _Reader, path: pathlib.Path, what: str, titled: bool) -> dict[str, str]:
+    texts: dict[str, str] = {}
+
+    def use(line: str, number: int) -> None:
+        row = _parse(line)
+        name, text = _identifier(row, "_id"), _string(row, "text")
+        if titled and "title" in row:
+            text = f"{_string(row, 'title')} {text}"
+        text = text.strip()
+        if not text:
+            raise _BadLine(f"{what} {name!r} has an empty text; write one or delete the line")
+        if name in texts:
+            raise _BadLine(f"duplicate _id {name!r}; give every {what} its own id")
+        texts[name] = text
+
+    reader.each(path, path.name, use)
+    return texts
+
+
+def _read_qrels(
+    reader: _Reader, path: pathlib.Path, docs: dict[str, str], queries: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+
+    def use(line: str, number: int) -> None:
+        cells = line.split("\t")
+        if len(cells) != 3:
+            raise _BadLine(f"{len(cells)} tab-separated columns; write query-id, corpus-id, score")
+        query, doc, grade = (cell.strip() for cell in cells)
+        if number == 1 and query in ("query-id", "query_id"):
+            return
+        try:
+            value = int(grade)
+        except ValueError:
+            raise _BadLine(f"bad score {grade!r}; write a whole number such as 1") from None
+        if query not in queries:
+            raise _BadLine(f"unknown query {query!r}; add it to queries.jsonl or delete the line")
+        if doc not in docs:
+            raise _BadLine(f"unknown document {doc!r}; add it to corpus.jsonl or delete the line")
+        judged = qrels.setdefault(query, {})
+        if doc in judged:
+            raise _BadLine(f"query {query!r} and document {doc!r} are judged twice; delete one line")
+        judged[doc] = value
+
+    reader.each(path, f"qrels/{path.name}", use)
+    return qrels
+
+
+def _read_thoughts(reader: _Reader, path: pathlib.Path, queries: dict[str, str]) -> dict[str, str]:
+    thoughts: dict[str, str] = {}
+
+    def use(line: str, number: int) -> None:
+        row = _parse(line)
+        query, text = _identifier(row, "query_id"), _string(row, "text").strip()
+        if query not in queries:
+            raise _BadLine(f"unknown query {query!r}; add it to queries.jsonl or delete the line")
+        if not text:
+            raise _BadLine(f"the thought of query {query!r} is empty; write one or delete the line")
+        if query in thoughts:
+            raise _BadLine(f"query {query!r} has two thoughts; delete one line")
+        thoughts[query] = text
+
+    reader.each(path, path.name, use)
+    return thoughts

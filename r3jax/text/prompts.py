@@ -1,0 +1,111 @@
+"""Qwen-2.5's chat format as token ids: what the model reads for a document, a query, and a reasoned query.
+
+The rendering equals transformers' apply_chat_template with Qwen-2.5-Instruct's template, cut at the embed token:
+
+    <|im_start|>system⏎{system}<|im_end|>⏎<|im_start|>user⏎{text}<|im_end|>⏎<|im_start|>assistant⏎{answer}
+
+The prompts are data (spec: direct and reasoning mode), so that a published checkpoint's own can be set.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from r3jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The fixed texts of both modes.
+
+    Attributes:
+      direct_system: system turn where the text is embedded without reasoning.
+      direct_assistant: the fixed answer before the embed token in that mode.
+      reasoning_system: system turn where the model writes a thought, then the embed token.
+    """
+
+    direct_system: str = "Represent the text given by the user for retrieval."
+    direct_assistant: str = "The embedding is "
+    reasoning_system: str = (
+        "Enrich the text given by the user so that it can be searched, in four short steps: "
+        "1. name its core concepts and how they relate; "
+        "2. list its key terms, each with a brief definition; "
+        "3. add synonyms and related terms; "
+        "4. mention related topics, without going on at length. "
+        "End every answer with the embedding token."
+    )
+
+
+class ChatFormat:
+    """Renders chats to ids. Only the user's text and the thought are ever cut, never the template.
+
+    Texts are stripped first: leading line breaks would fuse with the template's own. Control tokens written
+    in a text stay plain text. max_*_tokens count ids of the text alone and must be at least 1.
+
+    Attributes:
+      direct_extra: ids that a direct chat has around the text (longest chat = direct_extra + max_text_tokens).
+      reasoning_extra: the same for a reasoning prompt, up to and including "<|im_start|>assistant\\n".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompts: Prompts):
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self._direct_head = self._head(prompts.direct_system)
+        self._reasoning_head = self._head(prompts.reasoning_system)
+        self._direct_tail = [*self._tail(prompts.direct_assistant), tokenizer.embed_id]
+        self._reasoning_tail = self._tail("")
+        self.direct_extra = len(self._direct_head) + len(self._direct_tail)
+        self.reasoning_extra = len(self._reasoning_head) + len(self._reasoning_tail)
+
+    def documents(self, texts: Sequence[str], max_text_tokens: int) -> list[list[int]]:
+        """Direct chats, each ending exactly at the embed token."""
+        cut = self._cut(texts, max_text_tokens, "max_text_tokens")
+        return [self._direct_head + text + self._direct_tail for text in cut]
+
+    def document(self, text: str, max_text_tokens: int) -> list[int]:
+        """One direct chat, ending exactly at the embed token."""
+        return self.documents([text], max_text_tokens)[0]
+
+    # Without reasoning a query is read exactly as a document is; two names, so that callers say which they mean.
+    direct_queries = documents
+    direct_query = document
+
+    def reasoning_prompts(self, queries: Sequence[str], max_text_tokens: int) -> list[list[int]]:
+        """Prompts up to and including "<|im_start|>assistant\\n", where the model goes on."""
+        cut = self._cut(queries, max_text_tokens, "max_text_tokens")
+        return [self._reasoning_head + text + self._reasoning_tail for text in cut]
+
+    def reasoning_prompt(self, query: str, max_text_tokens: int) -> list[int]:
+        """One prompt up to and including "<|im_start|>assistant\\n"."""
+        return self.reasoning_prompts([query], max_text_tokens)[0]
+
+    def reasonings(
+        self, queries: Sequence[str], thoughts: Sequence[str], max_text_tokens: int, max_thought_tokens: int
+    ) -> list[list[int]]:
+        """Full reasoning chats: prompt, thought, embed token. An empty thought gives prompt + embed token."""
+        if len(queries) != len(thoughts):
+            raise ValueError(f"thoughts has {len(thoughts)} entries for {len(queries)} queries.")
+        prompts = self.reasoning_prompts(queries, max_text_tokens)
+        cut = self._cut(thoughts, max_thought_tokens, "max_thought_tokens")
+        return [
+            prompt + thought + [self.tokenizer.embed_id] for prompt, thought in zip(prompts, cut, strict=True)
+        ]
+
+    def reasoning(self, query: str, thought: str, max_text_tokens: int, max_thought_tokens: int) -> list[int]:
+        """One full reasoning chat: prompt, thought, embed token."""
+        return self.reasonings([query], [thought], max_text_tokens, max_thought_tokens)[0]
+
+    def _cut(self, texts: Sequence[str], limit: int, name: str) -> list[list[int]]:
+        if limit < 1:
+            raise ValueError(f"{name} must be at least 1, not {limit}.")
+        return [ids[:limit] for ids in self.tokenizer.encode_batch([text.strip() for text in texts])]
+
+    def _head(self, system: str) -> list[int]:
+        """Up to the user's text; an empty system text still has its (empty) turn, as in Qwen's template."""
+        t = self.tokenizer
+        turn = [t.im_start_id, *t.encode("system\n" + system), t.im_end_id, *t.encode("\n")]
+        return [*turn, t.im_start_id, *t.encode("user\n")]
+
+    def _tail(self, assistant: str) -> list[int]:
+        """After the user's text, up to and including the fixed start of the answer."""
+        t = self.tokenizer
+        return [t.im_end_id, *t.encode("\n"), t.im_start_id, *t.encode("assistant\n" + assistant)]
