@@ -1,0 +1,68 @@
+"""What every array must satisfy before a search backend sees it.
+
+ScaNN 1.4 does not raise on bad input: a NaN row, a batch of size zero or an inf in an upsert ends the process, a
+NaN query or a k above the index's size gives quietly wrong rows. So the index checks first, and these checks raise
+ValueError that names the argument.
+"""
+
+import numpy as np
+
+# Rows are cosines' operands: their length is 1 up to what bfloat16 encoders leave (8 bits of mantissa).
+UNIT_TOLERANCE = 1e-2
+
+
+def matrix(name: str, value, width: int | None = None) -> np.ndarray:
+    """`value` as a finite, C-contiguous float32 matrix [rows, width]; a copy only where the input differs."""
+    array = np.asarray(value)
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise ValueError(f"{name} must hold floating-point numbers, not {array.dtype}")
+    if array.ndim != 2:
+        raise ValueError(f"{name} must be a matrix [rows, width], not an array of shape {array.shape}")
+    if array.shape[1] == 0 or (width is not None and array.shape[1] != width):
+        expected = "at least 1" if width is None else width
+        raise ValueError(f"{name} has rows of width {array.shape[1]}, expected {expected}")
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which the next line reports
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    bad = ~np.isfinite(array).all(axis=1)
+    if bad.any():
+        raise ValueError(f"{name} has a NaN or an infinity in row {int(np.argmax(bad))}")
+    return array
+
+
+def unit_rows(name: str, array: np.ndarray) -> np.ndarray:
+    """`array` [rows, width], whose rows must have length 1."""
+    lengths = np.linalg.norm(array, axis=1)
+    bad = np.abs(lengths - 1.0) > UNIT_TOLERANCE
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise ValueError(f"{name} must be L2-normalised, row {row} has length {lengths[row]:.4g}")
+    return array
+
+
+def row_ids(name: str, value, size: int) -> np.ndarray:
+    """`value` as int64 [rows]: unique row numbers in [0, size)."""
+    array = np.asarray(value)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be a list of row numbers, not an array of shape {array.shape}")
+    if array.size == 0:
+        return np.zeros(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold integers, not {array.dtype}")
+    array = array.astype(np.int64)
+    outside = (array < 0) | (array >= size)
+    if outside.any():
+        raise ValueError(
+            f"{name} names row {int(array[np.argmax(outside)])}, the index holds rows 0..{size - 1}"
+        )
+    if np.unique(array).size != array.size:
+        raise ValueError(f"{name} names the same row twice")
+    return array
+
+
+def whole(name: str, value, low: int, high: int) -> int:
+    """`value` as an int in [low, high]; booleans and fractions are refused."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+    return int(value)

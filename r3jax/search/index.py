@@ -1,0 +1,175 @@
+"""The refreshable index: one vector per document, and the training step at which it was encoded.
+
+Documents are rows 0..N-1. The index knows neither the model nor the text: whoever re-encodes a document hands its
+new vector to `upsert`. Axis legend: N documents, Q queries, D width, k results.
+"""
+
+import math
+
+import numpy as np
+
+from r3jax.search import checks
+from r3jax.search.exact import ExactBackend
+from r3jax.search.scann_backend import ScannBackend
+
+KINDS = ("exact", "scann")
+
+# Measured on two CPU cores: a tree answers faster than brute force from some 10,000 documents on, but takes upserts
+# 18 times more slowly, and only brute force is exact and reproducible. With 400 queries and 3 % of the documents
+# refreshed per step the tree's step gets cheaper between 30,000 and 40,000 documents.
+TREE_ABOVE = 40_000
+MAX_STEP = np.iinfo(np.int32).max
+
+
+class VersionedIndex:
+    """Vectors float32 [N, D] with L2-normalised rows, their versions int32 [N], and a search backend over them.
+
+    Use `build` or `from_state`. Every argument is checked before the backend sees it: ValueError names the argument.
+    """
+
+    def __init__(self, vectors, versions, kind: str, tree_above: int, leaves: int, assets=None):
+        self._vectors = vectors
+        self._versions = versions
+        self._kind = kind
+        self._tree_above = tree_above
+        self._leaves = leaves
+        self._exact = ExactBackend(vectors)
+        self._scann = ScannBackend(vectors, leaves, assets) if kind == "scann" else None
+
+    @classmethod
+    def build(
+        cls,
+        vectors,
+        step: int,
+        kind: str = "scann",
+        *,
+        tree_above: int = TREE_ABOVE,
+        leaves: int | None = None,
+    ) -> "VersionedIndex":
+        """An index over `vectors` [N, D], all of version `step`.
+
+        Args:
+          kind: "exact" = jitted matrix product over chunks (the oracle); "scann" = ScaNN, brute force up to
+            `tree_above` documents, above it partitions with anisotropic quantisation and exact re-ordering.
+          leaves: the number of partitions of a tree; the square root of N where not given.
+        """
+        vectors = np.array(
+            checks.unit_rows("vectors", checks.matrix("vectors", vectors))
+        )  # the index's own copy
+        size = len(vectors)
+        if size == 0:
+            raise ValueError("vectors must hold at least one document")
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        step = checks.whole("step", step, 0, MAX_STEP)
+        # Sixteen centres per code and a few documents per partition have to be trained on something.
+        tree_above = checks.whole("tree_above", tree_above, 256, 2**31)
+        tree = kind == "scann" and size > tree_above
+        leaves = checks.whole("leaves", math.isqrt(size) if leaves is None else leaves, 1, size)
+        versions = np.full(size, step, np.int32)
+        return cls(vectors, versions, kind, tree_above, leaves if tree else 0)
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The stored vectors float32 [N, D]; a read-only view."""
+        return _read_only(self._vectors)
+
+    @property
+    def versions(self) -> np.ndarray:
+        """The step at which each document was encoded, int32 [N]; a read-only view."""
+        return _read_only(self._versions)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best documents of each query [Q, D]: rows int32 [Q, k] and scores float32 [Q, k], descending.
+
+        Scores are dot products with the stored vectors; ties go to the lower row. Deterministic, and independent of
+        how queries are batched.
+        """
+        queries = checks.matrix("queries", queries, self._vectors.shape[1])
+        k = checks.whole("k", k, 1, len(self))
+        if len(queries) == 0:
+            return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
+        if self._scann is None:
+            return self._exact.search(queries, k)
+        rows, scores, full = self._scann.search(queries, k)
+        if not full.all():  # the partitions looked at hold fewer than k documents
+            rows[~full], scores[~full] = self._exact.search(queries[~full], k)
+        return rows, scores
+
+    def upsert(self, rows, vectors, step: int) -> None:
+        """Replaces the vectors of known `rows` [n] (unique) by `vectors` [n, D], encoded at `step`. n may be 0."""
+        rows = checks.row_ids("rows", rows, len(self))
+        vectors = checks.unit_rows("vectors", checks.matrix("vectors", vectors, self._vectors.shape[1]))
+        step = checks.whole("step", step, 0, MAX_STEP)
+        if len(rows) != len(vectors):
+            raise ValueError(f"vectors has {len(vectors)} rows for {len(rows)} rows to replace")
+        if len(rows) == 0:
+            return
+        self._vectors[rows] = vectors
+        self._versions[rows] = step
+        self._exact.upsert(rows, vectors)
+        if self._scann is not None:
+            self._scann.upsert(rows, vectors)
+
+    def rebuild(self) -> None:
+        """Trains a tree's partitions and quantiser anew on the current vectors; nothing to do for the other backends.
+
+        ScaNN's training is not reproducible: a run killed after a rebuild and before the next `state` repeats the
+        rebuild and may get a slightly different tree. To keep resumption exact, take `state` right after it.
+        """
+        if self._scann is not None and self._leaves:
+            self._scann.rebuild()
+
+    def recall_probe(self, queries, k: int) -> float:
+        """Recall@k in [0, 1] of `search` against exact search over the same stored vectors, mean over queries [Q, D].
+
+        A returned document counts when it scores at least what the k-th exact one does, so that documents with equal
+        vectors may stand for one another.
+        """
+        rows, scores = self.search(queries, k)
+        if len(rows) == 0:
+            raise ValueError("queries must hold at least one query")
+        if self._scann is None:
+            return 1.0
+        _, truth = self._exact.search(checks.matrix("queries", queries), k)
+        return float((scores >= truth[:, -1:] - 1e-6).mean())
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything needed to go on, as numpy arrays without pickle: vectors, versions, settings, tree.
+
+        `tree` (uint8) is empty for brute force and exact search; for a tree it holds the trained parts, because a
+        tree that lived through upserts differs from one trained on the same vectors. Taking the state makes the index
+        itself go on from the saved copy, so that it and its restored twin answer alike, bit for bit.
+        """
+        settings = np.array([KINDS.index(self._kind), self._tree_above, self._leaves], np.int64)
+        assets = np.zeros(0, np.uint8) if self._scann is None else self._scann.assets()
+        return {
+            "vectors": self._vectors.copy(),
+            "versions": self._versions.copy(),
+            "settings": settings,
+            "tree": assets,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, np.ndarray]) -> "VersionedIndex":
+        """The index that `state` was taken from. ValueError where a part is missing or malformed."""
+        missing = {"vectors", "versions", "settings", "tree"} - set(state)
+        if missing:
+            raise ValueError(f"state lacks {', '.join(sorted(missing))}")
+        vectors = np.array(
+            checks.unit_rows("state['vectors']", checks.matrix("state['vectors']", state["vectors"]))
+        )
+        versions = np.array(state["versions"], dtype=np.int32)
+        if versions.shape != (len(vectors),):
+            raise ValueError(f"state['versions'] has shape {versions.shape} for {len(vectors)} vectors")
+        kind, tree_above, leaves = (int(x) for x in state["settings"])
+        return cls(vectors, versions, KINDS[kind], tree_above, leaves, np.asarray(state["tree"], np.uint8))
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
