@@ -1,0 +1,88 @@
+"""Texts to search vectors: the hidden state at each row's last token (the embed token), L2-normalised.
+
+Axes: B batch, L length, D width, N texts.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from r3jax.model.qwen2 import ModelConfig, hidden_states
+from r3jax.model.sharding import BATCH, batch_parts, place, put_batch
+
+
+def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Unit length in fp32; a zero vector stays zero, and its gradient finite."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+def pool_last(hidden: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """The hidden state at each row's last token."""
+    picked = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return place(picked, P(BATCH, None))
+
+
+def embed(params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"]):
+    """Unit vectors [B, D] in fp32 of right-padded rows that end at the embed token."""
+    return normalise(pool_last(hidden_states(params, config, tokens, lengths), lengths))
+
+
+embed_jit = partial(jax.jit, static_argnames=("config",))(embed)
+
+
+def pad(rows: Sequence[Sequence[int]], length: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as a right-padded array [count, length] and their lengths; missing rows have length 1."""
+    count = count or len(rows)
+    tokens = np.zeros((count, length), np.int32)
+    lengths = np.ones(count, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        lengths[i] = len(row)
+    return tokens, lengths
+
+
+def bucket_of(length: int, step: int = 8) -> int:
+    """The padded length: the next multiple of `step`, from 64 on the next multiple of an eighth of the power of two."""
+    if length > 64:
+        step = max(step, 1 << (length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def encode_rows(
+    params,
+    config: ModelConfig,
+    mesh: Mesh,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Unit vectors [N, D] of tokenised rows, in their order.
+
+    Rows are grouped by length into a few padded shapes, so each shape compiles once. `on_batch` is told how many
+    rows were done. One batch is prepared while the device works on the last.
+    """
+    parts = batch_parts(mesh)
+    batch_size = -(-batch_size // parts) * parts
+    order = np.argsort([len(r) for r in rows], kind="stable")
+    result = np.empty((len(rows), config.width), np.float32)
+    waiting = None
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        tokens, lengths = pad([rows[i] for i in chosen], bucket_of(len(rows[chosen[-1]])), batch_size)
+        vectors = embed_jit(params, tokens=put_batch(mesh, tokens), lengths=put_batch(mesh, lengths), config=config)
+        if waiting is not None:
+            result[waiting[0]] = jax.device_get(waiting[1])[: len(waiting[0])]
+        waiting = (chosen, vectors)
+        if on_batch:
+            on_batch(len(chosen))
+    if waiting is not None:
+        result[waiting[0]] = jax.device_get(waiting[1])[: len(waiting[0])]
+    return result

@@ -1,0 +1,323 @@
+"""The Qwen-2.5 decoder in flax.linen: RMSNorm, RoPE (rotate-half), grouped-query attention with bias on
+q, k and v, SwiGLU; tied or untied unembedding. Source: transformers' Qwen2ForCausalLM, to which it is tested.
+
+Axes: B batch, L length, S keys, D width, K kv heads, M query heads per kv head, H head dim, F ffn, V vocab,
+P prompt length, G samples per prompt, T new tokens.
+"""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from r3jax.model.sharding import BATCH, out, place, used
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and numerics; hashable, so jit sees it as static. Fields follow Qwen-2.5's config.json."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tied: bool = True
+    compute_dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.heads // self.kv_heads
+
+
+# One table per parameter: shape and logical axes. Init, sharding, restore and conversion all follow it.
+# Entries under layers/ get a leading `layers` axis.
+def parameter_table(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+    k, m, h = c.kv_heads, c.queries_per_kv, c.head_dim
+    block = {
+        "attn_norm/scale": ((c.width,), (None,)),
+        "attn/q/kernel": ((c.width, k, m, h), ("embed", "kv_heads", None, None)),
+        "attn/q/bias": ((k, m, h), ("kv_heads", None, None)),
+        "attn/k/kernel": ((c.width, k, h), ("embed", "kv_heads", None)),
+        "attn/k/bias": ((k, h), ("kv_heads", None)),
+        "attn/v/kernel": ((c.width, k, h), ("embed", "kv_heads", None)),
+        "attn/v/bias": ((k, h), ("kv_heads", None)),
+        "attn/o/kernel": ((k, m, h, c.width), ("kv_heads", None, None, "embed")),
+        "mlp_norm/scale": ((c.width,), (None,)),
+        "mlp/gate/kernel": ((c.width, c.ffn), ("embed", "ffn")),
+        "mlp/up/kernel": ((c.width, c.ffn), ("embed", "ffn")),
+        "mlp/down/kernel": ((c.ffn, c.width), ("ffn", "embed")),
+    }
+    table = {"embed/table": ((c.vocab, c.width), ("vocab", "embed"))}
+    table |= {f"layers/{name}": ((c.layers, *shape), (None, *axes)) for name, (shape, axes) in block.items()}
+    table["final_norm/scale"] = ((c.width,), (None,))
+    if not c.tied:
+        table["unembed/table"] = ((c.vocab, c.width), ("vocab", "embed"))
+    return table
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of one decoding batch: B prompts, G samples each; one entry per layer.
+
+    The prompt's part is stored once and shared by its samples.
+    """
+
+    prompt_k: tuple[Float[Array, "B P K H"], ...]
+    prompt_v: tuple[Float[Array, "B P K H"], ...]
+    prompt_valid: Bool[Array, "B P"]
+    new_k: tuple[Float[Array, "B G T K H"], ...]
+    new_v: tuple[Float[Array, "B G T K H"], ...]
+
+
+class Linear(nn.Module):
+    """An einsum with a sharded weight: gathered over fsdp for use, result placed by `out_axes`."""
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    out_spec: P
+    config: ModelConfig
+    bias_axes: tuple[str | None, ...] | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        kernel = self.param("kernel", nn.initializers.normal(0.02), self.shape, c.param_dtype)
+        kernel = place(kernel.astype(c.compute_dtype), used(self.axes))
+        y = jnp.einsum(self.equation, x, kernel, out_sharding=out(self.out_spec))
+        if self.bias_axes is not None:
+            shape = self.shape[-len(self.bias_axes) :]
+            bias = self.param("bias", nn.initializers.zeros, shape, c.param_dtype)
+            y = y + place(bias.astype(c.compute_dtype), used(self.bias_axes))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm in fp32, whatever the compute dtype."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.norm_eps)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: Int[Array, "B L"], theta: float) -> jax.Array:
+    """Rotary position embedding, rotate-half form, angles in fp32. x: [B, L, ..., H]."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None] * frequency
+    angle = angle.reshape(*angle.shape[:2], *([1] * (x.ndim - 3)), half)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis in fp32; a row without any key stays finite."""
+    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -1e30), axis=-1)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, positions, mask, memory=None, slot=None):
+        """x [B, L, D] with mask [B, L, S=L]: attention inside the sequence.
+
+        With `memory` (one layer of a KVCache and prompt_valid) x holds one new token for each of L=G samples of
+        a prompt: they attend to the shared prompt and to their own earlier tokens, whose slots 0..slot are
+        filled. Returns the output [B, L, D] and this layer's (keys, values): those of x, or the updated cache.
+        """
+        c = self.config
+        k, m, h = c.kv_heads, c.queries_per_kv, c.head_dim
+        heads = P(BATCH, None, "tensor", None)
+        linear = partial(Linear, config=c)
+        q = linear(
+            "bld,dkmh->blkmh",
+            (c.width, k, m, h),
+            ("embed", "kv_heads", None, None),
+            P(*heads, None),
+            bias_axes=("kv_heads", None, None),
+            name="q",
+        )(x)
+        kv_axes = dict(bias_axes=("kv_heads", None))
+        keys = linear(
+            "bld,dkh->blkh", (c.width, k, h), ("embed", "kv_heads", None), heads, name="k", **kv_axes
+        )(x)
+        values = linear(
+            "bld,dkh->blkh", (c.width, k, h), ("embed", "kv_heads", None), heads, name="v", **kv_axes
+        )(x)
+        q = rope(q, positions, c.rope_theta) * h**-0.5
+        keys = rope(keys, positions, c.rope_theta)
+        if memory is None:
+            weights = masked_softmax(jnp.einsum("blkmh,bskh->bkmls", q, keys), mask[:, None, None])
+            mixed = jnp.einsum("bkmls,bskh->blkmh", weights.astype(x.dtype), values)
+            state = (keys, values)
+        else:
+            prompt_k, prompt_v, prompt_valid, new_k, new_v = memory
+            new_k = jax.lax.dynamic_update_slice_in_dim(new_k, keys[:, :, None], slot, axis=2)
+            new_v = jax.lax.dynamic_update_slice_in_dim(new_v, values[:, :, None], slot, axis=2)
+            scores = jnp.concatenate(
+                [jnp.einsum("bgkmh,bpkh->bkmgp", q, prompt_k), jnp.einsum("bgkmh,bgtkh->bkmgt", q, new_k)], -1
+            )
+            size, steps = prompt_k.shape[1], new_k.shape[2]
+            filled = jnp.broadcast_to(jnp.arange(steps) <= slot, (x.shape[0], steps))
+            filled = place(filled, P(BATCH, None))
+            seen = jnp.concatenate([prompt_valid, filled], axis=-1)[:, None, None, None]
+            weights = masked_softmax(scores, seen).astype(x.dtype)
+            mixed = jnp.einsum("bkmgp,bpkh->bgkmh", weights[..., :size], prompt_v)
+            mixed += jnp.einsum("bkmgt,bgtkh->bgkmh", weights[..., size:], new_v)
+            state = (new_k, new_v)
+        y = linear(
+            "blkmh,kmhd->bld",
+            (k, m, h, c.width),
+            ("kv_heads", None, None, "embed"),
+            P(BATCH, None, None),
+            name="o",
+        )(mixed)
+        return y, state
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        wide, narrow = P(BATCH, None, "tensor"), P(BATCH, None, None)
+        linear = partial(Linear, config=c)
+        gate = linear("bld,df->blf", (c.width, c.ffn), ("embed", "ffn"), wide, name="gate")(x)
+        up = linear("bld,df->blf", (c.width, c.ffn), ("embed", "ffn"), wide, name="up")(x)
+        down = linear("blf,fd->bld", (c.ffn, c.width), ("ffn", "embed"), narrow, name="down")
+        return down(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, positions, mask, memory=None, slot=None):
+        c = self.config
+        mixed, state = Attention(c, name="attn")(
+            RMSNorm(c, name="attn_norm")(x), positions, mask, memory, slot
+        )
+        x = x + mixed
+        x = x + MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
+        return x, state
+
+
+class Embed(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens):
+        c = self.config
+        table = self.param("table", nn.initializers.normal(0.02), (c.vocab, c.width), c.param_dtype)
+        table = place(table.astype(c.compute_dtype), used(("vocab", "embed")))
+        return table.at[tokens].get(out_sharding=out(P(BATCH, None, None)))
+
+
+class Decoder(nn.Module):
+    """Tokens to the hidden states after the final norm (what transformers calls hidden_states[-1]).
+
+    Layers are scanned: one compilation for all of them. `decode_step` runs them unrolled, on weights that
+    were unstacked before the decoding loop.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], valid: Bool[Array, "B L"]):
+        """Returns hidden [B, L, D] and the keys and values of all layers, each [layers, B, L, K, H]."""
+        c = self.config
+        x = Embed(c, name="embed")(tokens)
+        length = tokens.shape[1]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        mask = causal & valid[:, None, :]
+        block = Block
+        if REMAT[c.remat] is not None:
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.layers,
+        )
+        x, cache = stack(c, name="layers")(x, positions, mask)
+        x = RMSNorm(c, name="final_norm")(x)
+        return x, cache
+
+
+def right_padded(lengths: Int[Array, "B"], length: int) -> tuple[jax.Array, jax.Array]:
+    """Positions and valid mask, each [B, L], of right-padded rows. Masks come from lengths, never from ids."""
+    index = jnp.arange(length)
+    valid = index[None, :] < lengths[:, None]
+    positions = place(jnp.broadcast_to(index, valid.shape), P(BATCH, None))
+    return positions, valid
+
+
+def hidden_states(
+    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"]
+) -> Float[Array, "B L D"]:
+    """Hidden states of right-padded rows; those past a row's length mean nothing."""
+    positions, valid = right_padded(lengths, tokens.shape[1])
+    return Decoder(config).apply({"params": params}, tokens, positions, valid)[0]
+
+
+def unembedding(params, config: ModelConfig) -> Float[Array, "V D"]:
+    """The table that turns hidden states into logits, gathered for use."""
+    table = params["embed" if config.tied else "unembed"]["table"]
+    return place(table.astype(config.compute_dtype), used(("vocab", "embed")))
+
+
+def logits(params, config: ModelConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Logits in fp32 of hidden states; the vocabulary stays split over `tensor`."""
+    table = unembedding(params, config)
+    spec = P(BATCH, *([None] * (hidden.ndim - 2)), "tensor")
+    return jnp.einsum(
+        "...d,vd->...v", hidden, table, preferred_element_type=jnp.float32, out_sharding=out(spec)
+    )
+
+
+def unstack(params, config: ModelConfig) -> dict:
+    """The same parameters with a tuple of per-layer trees: done once, before a decoding loop."""
+    layers = tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.layers))
+    return {**params, "layers": layers}
+
+
+def decode_step(
+    params, config: ModelConfig, tokens: Int[Array, "B G"], positions: Int[Array, "B G"], cache: KVCache, slot
+) -> tuple[Float[Array, "B G D"], KVCache]:
+    """One new token for each sample, written to `slot` of the cache. `params` as `unstack` returns them."""
+    x = Embed(config).apply({"params": params["embed"]}, tokens)
+    new = []
+    for i, layer in enumerate(params["layers"]):
+        memory = (cache.prompt_k[i], cache.prompt_v[i], cache.prompt_valid, cache.new_k[i], cache.new_v[i])
+        x, kv = Block(config).apply({"params": layer}, x, positions, None, memory, slot)
+        new.append(kv)
+    x = RMSNorm(config).apply({"params": params["final_norm"]}, x)
+    new_k, new_v = zip(*new, strict=True)
+    return x, cache.replace(new_k=new_k, new_v=new_v)
