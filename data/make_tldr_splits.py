@@ -7,7 +7,7 @@ Splits, by the command of a query's first relevant document (its first word that
   seen        1,300 held-out train queries whose command keeps at least 2 other training queries.
   validation  400 queries for every choice: 200 like `seen`, 200 of commands wholly taken out of train.
   train       the rest, less any query with a document that is relevant to a held-out query.
-A drawn query's documents are drawn with it: any other train query that shares one leaves train and is dropped.
+A drawn query's documents are drawn with it: other train queries that share one are dropped.
 Queries without judgements are dropped. The draw depends only on SEED and the source's content.
 """
 

@@ -60,7 +60,7 @@ class Dataset:
         """
         if split not in self.qrels:
             raise UserError(
-                f"split {split!r} is not in data set {self.name!r}; use one of {', '.join(sorted(self.qrels))}."
+                f"split {split!r} is not in data set {self.name!r}; use one of: {', '.join(self.qrels)}."
             )
         judged, found = self.qrels[split], {}
         for query in self.query_ids:

@@ -1,10 +1,10 @@
-"""Supervised thoughts from relevant documents: a model trained from scratch cannot reason before it has seen how.
+"""Supervised thoughts from relevant documents: a model trained from scratch must see first how to reason.
 
-The rule knows nothing of any corpus. A document's terms are its words, flags (-x, --long) and the pieces of
-its paths and identifiers. Of these, the `max_terms` rarest in the corpus (highest idf, ties by position) are the
-most telling; they are written in document order. The document's first term is always among them (the command
-of a command line, the head of a title), and terms that are common in the corpus (above COMMON of its
-documents: stop words, placeholders such as path/to/file) never are, unless first.
+The rule knows nothing of any corpus. A document's terms are its words, its flags (-x, --long) and the pieces
+of its paths and identifiers. The `max_terms` of them that are rarest in the corpus (highest idf, ties by
+position) are the most telling; they are written in document order. The document's first term is always among
+them (the command of a command line, the head of a title); terms that are common in the corpus (in more than
+COMMON of its documents: stop words, placeholders such as path/to/file) never are, unless first.
 """
 
 import collections

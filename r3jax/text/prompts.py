@@ -1,6 +1,6 @@
 """Qwen-2.5's chat format as token ids: what the model reads for a document, a query, and a reasoned query.
 
-The rendering equals transformers' apply_chat_template with Qwen-2.5-Instruct's template, cut at the embed token:
+The rendering equals transformers' apply_chat_template with Qwen-2.5-Instruct's template, up to the cut:
 
     <|im_start|>system⏎{system}<|im_end|>⏎<|im_start|>user⏎{text}<|im_end|>⏎<|im_start|>assistant⏎{answer}
 
@@ -42,7 +42,7 @@ class ChatFormat:
     in a text stay plain text. max_*_tokens count ids of the text alone and must be at least 1.
 
     Attributes:
-      direct_extra: ids that a direct chat has around the text (longest chat = direct_extra + max_text_tokens).
+      direct_extra: ids around the text in a direct chat (the longest has direct_extra + max_text_tokens).
       reasoning_extra: the same for a reasoning prompt, up to and including "<|im_start|>assistant\\n".
     """
 
@@ -65,7 +65,7 @@ class ChatFormat:
         """One direct chat, ending exactly at the embed token."""
         return self.documents([text], max_text_tokens)[0]
 
-    # Without reasoning a query is read exactly as a document is; two names, so that callers say which they mean.
+    # Without reasoning a query is read exactly as a document is; two names let callers say which they mean.
     direct_queries = documents
     direct_query = document
 

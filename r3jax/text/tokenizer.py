@@ -12,7 +12,7 @@ from r3jax.errors import UserError
 EMBED_TOKEN = "<|embed_token|>"
 PAD_TOKEN, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
-# Qwen-2.5's pre-tokenizer (tokenizer.json of its checkpoints): digits one by one, words with one leading sign.
+# Qwen-2.5's split rule (tokenizer.json of its checkpoints): digits one by one, words with one leading sign.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +25,8 @@ class Tokenizer:
 
     Attributes:
       size: number of ids (largest id + 1), the embed token included.
-      embed_id, im_start_id, im_end_id, pad_id: ids of <|embed_token|>, <|im_start|>, <|im_end|>, <|endoftext|>.
+      embed_id, im_start_id, im_end_id: ids of <|embed_token|>, <|im_start|>, <|im_end|>.
+      pad_id: id of <|endoftext|>.
     """
 
     def __init__(self, inner: _HFTokenizer):
@@ -73,7 +74,7 @@ class Tokenizer:
 
 
 def load(folder: str | pathlib.Path) -> Tokenizer:
-    """Reads folder/tokenizer.json, of a run or of a Hugging Face checkpoint; UserError if it cannot be used."""
+    """Reads folder/tokenizer.json, of a run or a Hugging Face checkpoint; UserError if it cannot be used."""
     path = pathlib.Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path} is missing; give the folder of a run or of a Hugging Face checkpoint.")
@@ -85,7 +86,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE in Qwen-2.5's form: NFC, its split rule, special tokens after the base vocabulary.
+    """Trains a byte-level BPE in Qwen-2.5's form: NFC, its split rule, special tokens last.
 
     The same texts in the same order give the same file. Each role of the chat template becomes one token,
     because every training text carries them; they are counted once per text.
