@@ -1,0 +1,176 @@
+"""Policy-gradient arithmetic as pure JAX functions over arrays and masks, apart from any loop.
+
+Departures from GRPO as published (Shao et al., DeepSeekMath, arXiv 2402.03300):
+- A group whose rewards are all equal gets advantages of exactly 0; no epsilon-sized noise is divided by itself.
+- The loss's normaliser is an argument. The default is DAPO's mean over all tokens (arXiv 2503.14476); GRPO's own mean
+  over sequences of their token means is `normalise="sequence"`, Dr. GRPO's constant length (arXiv 2503.20783) is
+  `normalise="dr_grpo"`. Its denominator can be given, so that any split into micro-batches gives the same gradient.
+- The two clip bounds differ (DAPO's clip-higher), and the ratio may be the sequence's (GSPO, arXiv 2507.18071).
+- Advantages may skip the standard deviation (Dr. GRPO) or leave the sample itself out of its baseline (RLOO,
+  arXiv 2402.14740).
+- The KL term has the gradient of KL(policy || reference). k3 differentiated directly has that of the opposite
+  direction, KL(reference || policy), and k1's is zero in expectation. So "k3" here is k3's value (never negative, low
+  variance) with k2's gradient, (log p - log q) * grad log p, which is unbiased where the samples are the policy's.
+- One inner step per batch is the usual case: the ratio is then 1 and the clip idle, yet the gradient is the same.
+
+Axis legend: B prompts, G samples per prompt (group), R = B * G rollouts, T tokens, V vocabulary. Masks are 1 at
+sampled tokens, the terminal token included; a token that was forced (length limit) has mask 0. Everything is
+elementwise or a sum over an axis, so R may be sharded over any mesh axes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ADVANTAGES = ("grpo", "dr_grpo", "rloo")
+NORMALISERS = ("token", "sequence", "dr_grpo")
+RATIOS = ("token", "sequence")
+KLS = ("none", "k2", "k3")
+
+
+def group_spread(rewards: Float[Array, "B G"]) -> Float[Array, " B"]:
+    """Largest minus smallest reward of each group; 0 marks a group without a policy gradient."""
+    return rewards.max(axis=1) - rewards.min(axis=1)
+
+
+def advantages(rewards: Float[Array, "B G"], kind: str = "grpo", eps: float = 1e-6) -> Float[Array, "B G"]:
+    """How much better each sample is than its group.
+
+    "grpo": (r - mean) / (std + eps), std with G - 1; "dr_grpo": r - mean; "rloo": r minus the mean of the others.
+    A group of equal rewards, and a group of one, gets exactly 0.
+    """
+    _one_of("kind", kind, ADVANTAGES)
+    size = rewards.shape[1]
+    if size == 1:
+        return jnp.zeros_like(rewards)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    if kind == "grpo":
+        variance = (centred**2).sum(axis=1, keepdims=True) / (size - 1)
+        centred = centred / (jnp.sqrt(variance) + eps)
+    elif kind == "rloo":
+        centred = centred * (size / (size - 1))
+    # Rounding of the mean leaves 1e-8 in equal groups, which the division above would blow up.
+    return jnp.where(group_spread(rewards)[:, None] > 0, centred, 0.0)
+
+
+def loss_denominator(mask: Float[Array, "R T"], normalise: str = "token", max_tokens: int | None = None):
+    """What the summed loss of a batch is divided by (a scalar): tokens, sequences, or sequences * max_tokens.
+
+    Micro-batches pass the whole batch's denominator to `policy_loss` and `masked_mean` and add up what they get. A
+    sequence without a token in the mask counts for nothing, except under "dr_grpo", whose constant counts every row.
+    """
+    _one_of("normalise", normalise, NORMALISERS)
+    if normalise == "token":
+        return jnp.maximum(mask.sum().astype(jnp.float32), 1.0)
+    if normalise == "sequence":
+        return jnp.maximum((mask.sum(axis=1) > 0).sum().astype(jnp.float32), 1.0)
+    if max_tokens is None or max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1 with dr_grpo, it is {max_tokens}")
+    return jnp.float32(mask.shape[0] * max_tokens)
+
+
+def masked_mean(
+    values: Float[Array, "R T"],
+    mask: Float[Array, "R T"],
+    *,
+    normalise: str = "token",
+    max_tokens: int | None = None,
+    denominator=None,
+) -> Float[Array, ""]:
+    """The batch's mean of `values` by one of NORMALISERS; what stands where the mask is 0 may be anything, NaN too.
+
+    "token": sum over all tokens / tokens. "sequence": mean over sequences of each one's token mean. "dr_grpo": sum
+    over all tokens / (rows * max_tokens). `denominator` replaces the last division's, see `loss_denominator`.
+    """
+    if denominator is None:
+        denominator = loss_denominator(mask, normalise, max_tokens)
+    values = jnp.where(mask > 0, values, 0.0)
+    if normalise == "sequence":
+        values = values / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+    return values.sum() / denominator
+
+
+def policy_loss(
+    logp: Float[Array, "R T"],
+    old_logp: Float[Array, "R T"],
+    advantages: Float[Array, " R"],
+    mask: Float[Array, "R T"],
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    normalise: str = "token",
+    ratio: str = "token",
+    max_tokens: int | None = None,
+    denominator=None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The clipped surrogate -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), averaged over the batch.
+
+    Args:
+      logp: log-probabilities of the sampled tokens under the policy that is trained.
+      old_logp: the same under the policy that sampled them, constants.
+      advantages: one per rollout, constants.
+      mask: 1 at sampled tokens.
+      ratio: "token" = p / p_old of each token; "sequence" = their geometric mean over the rollout (GSPO, to be used
+        with normalise="sequence").
+      normalise, max_tokens, denominator: see `masked_mean`.
+
+    Returns:
+      The loss and float32 scalars, means over the tokens of the mask: `clip_low` and `clip_high`, the shares of
+      tokens whose gradient the lower (upper) bound cut off; `ratio`; `logp_gap`, mean |logp - old_logp|.
+    """
+    _one_of("ratio", ratio, RATIOS)
+    _one_of("normalise", normalise, NORMALISERS)
+    used = mask > 0
+    # Masked log-probabilities may be -inf; a where before exp keeps NaN out of the gradient too.
+    gap = jnp.where(used, logp - jax.lax.stop_gradient(old_logp), 0.0)
+    if ratio == "sequence":
+        gap_used = gap.sum(axis=1, keepdims=True) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+        gap_used = jnp.broadcast_to(gap_used, gap.shape)
+    else:
+        gap_used = gap
+    ratios = jnp.exp(gap_used)
+    gains = jax.lax.stop_gradient(advantages)[:, None]
+    clipped = jnp.clip(ratios, 1.0 - clip_low, 1.0 + clip_high)
+    surrogate = -jnp.minimum(ratios * gains, clipped * gains)
+    loss = masked_mean(surrogate, mask, normalise=normalise, max_tokens=max_tokens, denominator=denominator)
+    stats = {
+        "clip_low": masked_mean((ratios < 1.0 - clip_low) & (gains < 0), mask),
+        "clip_high": masked_mean((ratios > 1.0 + clip_high) & (gains > 0), mask),
+        "ratio": masked_mean(ratios, mask),
+        "logp_gap": masked_mean(jnp.abs(gap), mask),
+    }
+    return loss, jax.lax.stop_gradient(stats)
+
+
+def kl(
+    logp: Float[Array, "R T"], ref_logp: Float[Array, "R T"], kind: str, mask: Float[Array, "R T"]
+) -> Float[Array, "R T"]:
+    """KL(policy || reference) estimated at each sampled token, 0 where masked; average it with `masked_mean`.
+
+    With d = logp - ref_logp: "k2" is d^2 / 2, "k3" is exp(-d) - 1 + d, "none" is 0. Both have the gradient
+    d * grad logp, whose expectation under the policy is the gradient of KL(policy || reference).
+    Source: Schulman, "Approximating KL Divergence" (2020) for the values; see the top of this file for the gradient.
+    """
+    _one_of("kind", kind, KLS)
+    if kind == "none":
+        return jnp.zeros_like(logp)
+    gap = jnp.where(mask > 0, logp - jax.lax.stop_gradient(ref_logp), 0.0)
+    k2 = 0.5 * gap**2
+    if kind == "k2":
+        return k2
+    k3 = jnp.expm1(-gap) + gap
+    return k2 + jax.lax.stop_gradient(k3 - k2)
+
+
+def entropy(logits: Float[Array, "R T V"], mask: Float[Array, "R T"]) -> Float[Array, "R T"]:
+    """Entropy in nats of the distribution at each token, 0 where masked; differentiable."""
+    logits = jnp.where(mask[..., None] > 0, logits, 0.0)
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    # p * log p is 0 at p = 0, where log p may be -inf.
+    terms = jnp.where(logp > -jnp.inf, jnp.exp(logp) * jnp.where(logp > -jnp.inf, logp, 0.0), 0.0)
+    return jnp.where(mask > 0, -terms.sum(axis=-1), 0.0)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
