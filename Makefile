@@ -1,0 +1,64 @@
+# make train: everything, from an empty machine with Python 3.11 to a report. `make help` lists the rest.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS ?=
+PY := .venv/bin/python
+SOURCES := r3jax configs tests bench data
+
+# The stamps carry the requirements' checksum: changed requirements are installed, unchanged ones never again.
+RUN := .venv/.run-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
+DEV := .venv/.dev-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow lint format seeds bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: r3jax needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+$(RUN): | $(PY)
+	$(PY) -m pip install --quiet --no-input --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	@rm -f .venv/.run-* && touch $@
+
+$(DEV): | $(RUN)
+	$(PY) -m pip install --quiet --no-input --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
+	@rm -f .venv/.dev-* && touch $@
+
+install: $(DEV) ## .venv with all that training, tests and lint need
+
+train: $(RUN) ## both stages on the bundled data set, evaluation, report (needs no accelerator)
+	$(PY) -m r3jax.train --config=configs/rl.py
+
+test: $(DEV) ## the tests, without the slow ones
+	$(PY) -m pytest -q -m "not slow" --durations=10
+
+test-slow: $(DEV) ## the slow tests
+	$(PY) -m pytest -q -m slow --durations=10
+
+lint: $(DEV) ## ruff and mypy
+	$(PY) -m ruff check $(wildcard $(SOURCES))
+	$(PY) -m ruff format --check $(wildcard $(SOURCES))
+	$(PY) -m mypy
+
+format: $(DEV) ## mends what ruff can mend
+	$(PY) -m ruff check --fix $(wildcard $(SOURCES))
+	$(PY) -m ruff format $(wildcard $(SOURCES))
+
+seeds: $(RUN) ## three seeds of the default run, and their figures
+	for seed in 0 1 2; do \
+		$(PY) -m r3jax.train --config=configs/rl.py --config.seed=$$seed --workdir=runs/seed-$$seed || exit $$?; \
+	done
+	$(PY) -m bench.seeds runs/seed-0 runs/seed-1 runs/seed-2
+
+bench: $(RUN) ## the measurements of bench/
+	for file in $(filter-out bench/__init__.py bench/seeds.py,$(wildcard bench/*.py)); do \
+		$(PY) -m $$(echo $${file%.py} | tr / .) || exit $$?; \
+	done
+
+clean: ## removes .venv and caches; runs/ stays
+	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache
+	find r3jax tests configs bench -name __pycache__ -prune -exec rm -rf {} +
