@@ -1,0 +1,209 @@
+"""Losses of stage 1 as pure JAX functions: contrastive terms, token terms in chunks, and gradient caching.
+
+All of them work bare and under an Explicit mesh with the batch axis sharded; what has to be gathered for that is
+gathered visibly. Axis legend: B queries, M documents, H hard negatives, D width, N tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+KL_DIRECTIONS = ("ref_policy", "policy_ref")
+
+
+def info_nce(
+    query: Float[Array, "B D"],
+    docs: Float[Array, "M D"],
+    positive: Int[Array, " B"],
+    false_negatives: Bool[Array, "B M"],
+    temperature: float,
+    weights: Float[Array, " B"] | None = None,
+) -> Float[Array, ""]:
+    """Mean over queries of -log softmax over documents of cosine / temperature (van den Oord et al. 2018).
+
+    Args:
+      docs: every document of the global batch: all devices' positives and hard negatives.
+      positive: the index into `docs` of each query's document.
+      false_negatives: documents to leave out of a query's denominator, known positives of it for one; its own
+        positive is never left out.
+      weights: of each query in the mean, >= 0; 1 where not given. All 0 gives a loss of 0.
+    """
+    scores = jnp.einsum("bd,md->bm", _unit(query), _gathered(_unit(docs))) / temperature
+    own = jnp.arange(docs.shape[0])[None, :] == positive[:, None]
+    scores = jnp.where(false_negatives & ~own, -jnp.inf, scores)
+    # A sum over a one-hot mask: indexing a sharded axis by a sharded index is refused on an Explicit mesh.
+    loss = jax.nn.logsumexp(scores, axis=1) - jnp.where(own, scores, 0.0).sum(axis=1)
+    return _weighted_mean(loss, weights)
+
+
+def triplet_margin(
+    query: Float[Array, "B D"],
+    positive: Float[Array, "B D"],
+    negative: Float[Array, "B D"] | Float[Array, "B H D"],
+    margin: float,
+    mask: Float[Array, " B"] | Float[Array, "B H"] | None = None,
+) -> Float[Array, ""]:
+    """Mean over triplets of max(0, d(q, d+) - d(q, d-) + margin) with d = 1 - cosine.
+
+    `mask` is 1 at the triplets that exist; without any the loss is 0.
+    """
+    if negative.ndim == 3:
+        query, positive = query[:, None], positive[:, None]
+    query = _unit(query)
+    near = (query * _unit(positive)).sum(axis=-1)
+    far = (query * _unit(negative)).sum(axis=-1)
+    return _weighted_mean(jax.nn.relu(far - near + margin), mask)
+
+
+class TokenTerms(NamedTuple):
+    """What `token_terms` computes for each token [N], float32."""
+
+    logp: jax.Array  # log-probability of the target
+    entropy: jax.Array  # of the policy's distribution, nats
+    kl: jax.Array  # between policy and reference over the whole vocabulary, nats; 0 without a reference
+
+
+def token_terms(
+    hidden: Float[Array, "N D"],
+    unembed: Array | Callable,
+    targets: Int[Array, " N"],
+    *,
+    ref_hidden: Float[Array, "N D"] | None = None,
+    ref_unembed: Array | Callable | None = None,
+    kl_direction: str = "ref_policy",
+    chunk: int = 1024,
+) -> TokenTerms:
+    """Log-probability, entropy and exact KL of each token without ever holding logits [N, V].
+
+    Chunks of about `chunk` tokens go one after the other through the unembedding, and again in the backward pass
+    (rematerialised), so memory is chunk * V. Differentiable in `hidden` and in whatever `unembed` holds.
+
+    Args:
+      unembed: the table [V, D], or a function from hidden states [n, D] to logits [n, V].
+      ref_hidden: the frozen reference's hidden states; no gradient flows there.
+      ref_unembed: its unembedding; the policy's own where not given, with the gradient cut off.
+      kl_direction: "ref_policy" = KL(reference || policy), which keeps all that the reference thinks possible;
+        "policy_ref" = KL(policy || reference), which forbids what it thinks impossible.
+    """
+    if kl_direction not in KL_DIRECTIONS:
+        raise ValueError(f"kl_direction must be one of {', '.join(KL_DIRECTIONS)}, not {kl_direction!r}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, it is {chunk}")
+    logits_of = _logits_function(unembed)
+    ref_logits_of = logits_of if ref_unembed is None else _logits_function(ref_unembed)
+
+    @jax.checkpoint
+    def one_chunk(part):
+        hidden, targets, ref_hidden = part
+        logp = jax.nn.log_softmax(logits_of(hidden).astype(jnp.float32), axis=-1)
+        prob = jnp.exp(logp)
+        picked = jnp.where(jnp.arange(logp.shape[-1]) == targets[:, None], logp, 0.0).sum(axis=-1)
+        entropy = -(prob * logp).sum(axis=-1)
+        if ref_hidden is None:
+            return TokenTerms(picked, entropy, jnp.zeros_like(entropy))
+        ref_logits = jax.lax.stop_gradient(ref_logits_of(ref_hidden).astype(jnp.float32))
+        ref_logp = jax.nn.log_softmax(ref_logits, axis=-1)
+        if kl_direction == "ref_policy":
+            kl = (jnp.exp(ref_logp) * (ref_logp - logp)).sum(axis=-1)
+        else:
+            kl = (prob * (logp - ref_logp)).sum(axis=-1)
+        return TokenTerms(picked, entropy, kl)
+
+    count = hidden.shape[0]
+    chunks = -(-count // chunk)
+    parts = jax.tree.map(lambda x: _split(x, chunks), (hidden, targets, ref_hidden))
+    terms = jax.lax.map(one_chunk, parts)
+    return jax.tree.map(lambda x: _join(x, count), terms)
+
+
+def chunked_token_losses(
+    hidden, unembed, targets, weights: Float[Array, " N"], **kwargs
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums over tokens of the cross-entropy and of the KL to the reference; arguments of `token_terms`.
+
+    Sums, so that the caller divides by the whole batch's weight whatever the micro-batch. What stands at tokens of
+    weight 0 does not matter.
+    """
+    terms = token_terms(hidden, unembed, targets, **kwargs)
+    used = weights > 0
+    cross_entropy = jnp.where(used, -terms.logp, 0.0) * weights
+    return cross_entropy.sum(), (jnp.where(used, terms.kl, 0.0) * weights).sum()
+
+
+def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: int, has_aux: bool = False):
+    """Loss and gradient of `loss_fn(encode_fn(params, batch))`, encoding `chunks` parts one after the other.
+
+    The gradient is that of the one big batch, the activations held are those of one part, the price is a second
+    forward pass. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
+    (GradCache, arXiv 2101.06983).
+
+    Args:
+      encode_fn: (params, part of the batch) to a pytree of floating-point arrays with one row per row of the part:
+        embeddings, and per-row sums of other losses if wanted. A row must depend on its own row of the batch only.
+      loss_fn: from that pytree for the whole batch to a scalar, or to (scalar, anything) with `has_aux`.
+      batch: a pytree of arrays [B, ...]; `chunks` divides B.
+
+    Returns:
+      (loss, gradient), or ((loss, aux), gradient), as `jax.value_and_grad` would.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if chunks < 1 or rows % chunks:
+        raise ValueError(f"chunks must divide the batch of {rows} rows, it is {chunks}")
+    parts = jax.tree.map(lambda x: _split(x, chunks), batch)
+    encoded = jax.lax.map(lambda part: encode_fn(params, part), parts)
+    encoded = jax.tree.map(lambda x: _join(x, rows), encoded)
+    value, upstream = jax.value_and_grad(loss_fn, has_aux=has_aux)(encoded)
+    upstream = jax.tree.map(lambda x: _split(x, chunks), upstream)
+
+    def add(total, part_and_upstream):
+        part, upstream = part_and_upstream
+        _, pull_back = jax.vjp(lambda p: encode_fn(p, part), params)
+        return jax.tree.map(jnp.add, total, pull_back(upstream)[0]), None
+
+    gradient, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (parts, upstream))
+    return value, gradient
+
+
+def _logits_function(unembed) -> Callable:
+    if callable(unembed):
+        return unembed
+    return lambda hidden: jnp.einsum("nd,vd->nv", hidden, unembed, preferred_element_type=jnp.float32)
+
+
+def _unit(vectors: jax.Array) -> jax.Array:
+    """Rows of length 1 in float32; a zero row stays zero, with a finite gradient."""
+    vectors = vectors.astype(jnp.float32)
+    return vectors * jax.lax.rsqrt((vectors * vectors).sum(axis=-1, keepdims=True) + 1e-12)
+
+
+def _weighted_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    if weights is None:
+        return values.mean()
+    total = weights.sum()
+    return jnp.where(weights > 0, values * weights, 0.0).sum() / jnp.where(total > 0, total, 1.0)
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    """`x` whole on every device: the all-gather of a sharded batch."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, P(*[None] * x.ndim))
+
+
+def _split(x: jax.Array, chunks: int) -> jax.Array:
+    """[N, ...] as [chunks, n, ...]: chunk c takes rows c, c + chunks, ...; padded with zeros where it does not divide.
+
+    Interleaved, so that n inherits a sharding of N and each device has a piece of every chunk.
+    """
+    short = -x.shape[0] % chunks
+    if short:
+        x = jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.moveaxis(x.reshape(-1, chunks, *x.shape[1:]), 1, 0)
+
+
+def _join(x: jax.Array, count: int) -> jax.Array:
+    """The inverse of `_split` for the first `count` rows."""
+    joined = jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+    return joined if joined.shape[0] == count else joined[:count]
