@@ -10,7 +10,8 @@ The prompts are data (spec: direct and reasoning mode), so that a published chec
 import dataclasses
 from collections.abc import Sequence
 
-from r3jax.text.tokenizer import Tokenizer
+from r3jax.errors import UserError
+from r3jax.text.tokenizer import EMBED_TOKEN, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Prompts:
       direct_system: system turn where the text is embedded without reasoning.
       direct_assistant: the fixed answer before the embed token in that mode.
       reasoning_system: system turn where the model writes a thought, then the embed token.
+
+    A system text may name <|embed_token|> literally; as in transformers, that is then the token itself.
     """
 
     direct_system: str = "Represent the text given by the user for retrieval."
@@ -47,6 +50,10 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompts: Prompts):
+        if EMBED_TOKEN in prompts.direct_assistant:
+            raise UserError(
+                f"prompts.direct_assistant contains {EMBED_TOKEN}; leave it out, it is added at the end."
+            )
         self.tokenizer = tokenizer
         self.prompts = prompts
         self._direct_head = self._head(prompts.direct_system)
@@ -102,8 +109,9 @@ class ChatFormat:
     def _head(self, system: str) -> list[int]:
         """Up to the user's text; an empty system text still has its (empty) turn, as in Qwen's template."""
         t = self.tokenizer
-        turn = [t.im_start_id, *t.encode("system\n" + system), t.im_end_id, *t.encode("\n")]
-        return [*turn, t.im_start_id, *t.encode("user\n")]
+        first, *rest = (t.encode(part) for part in ("system\n" + system).split(EMBED_TOKEN))
+        written = first + [i for part in rest for i in (t.embed_id, *part)]
+        return [t.im_start_id, *written, t.im_end_id, *t.encode("\n"), t.im_start_id, *t.encode("user\n")]
 
     def _tail(self, assistant: str) -> list[int]:
         """After the user's text, up to and including the fixed start of the answer."""

@@ -1,0 +1,127 @@
+"""Supervised thoughts: the telling terms of the relevant document; and what the bundled splits promise."""
+
+import collections
+import pathlib
+
+import pytest
+
+from r3jax.data import beir, thoughts
+from r3jax.errors import UserError
+
+BUNDLED = pathlib.Path(__file__).parent.parent / "data" / "tldr-commands"
+
+
+def dataset(docs, queries=("q0",), positives=None):
+    """One query per entry; query i is relevant to document i unless positives says otherwise."""
+    ids = [f"d{i}" for i in range(len(docs))]
+    judged = positives or {q: {ids[i]: 1} for i, q in enumerate(queries)}
+    return beir.Dataset(
+        "toy",
+        ids,
+        list(docs),
+        list(queries),
+        [f"text {q}" for q in queries],
+        {"train": judged},
+        {},
+        [],
+        "0" * 64,
+    )
+
+
+def test_rarest_terms_in_document_order_and_the_first_always():
+    docs = [
+        "the cat saw the Zebra and the -V yak",
+        "the cat saw the dog",
+        "the cat and the dog",
+        "the dog saw",
+    ]
+    assert thoughts.build(dataset(docs), max_terms=9) == {"q0": "the Zebra -V yak"}  # the others are common
+    assert thoughts.build(dataset(docs), max_terms=3) == {"q0": "the Zebra -V"}  # a tie goes to the earlier
+    assert thoughts.build(dataset(docs), max_terms=1) == {"q0": "the"}
+
+
+@pytest.mark.parametrize(
+    "text, terms",
+    [
+        ("apt-get -y install path/to/my_file.deb", "apt-get -y install path to my file deb"),
+        ("curl --max-time=5 https://example.com", "curl --max-time 5 https example com"),
+        ("tar -X --exclude x a-b|c", "tar -X --exclude x a-b c"),  # -X is not x
+        ("Écrire écrire: naïve", "Écrire naïve"),  # one term, as it first occurs
+        ("rm - -- ...", "rm"),
+    ],
+)
+def test_terms_are_words_flags_and_pieces(text, terms):
+    assert thoughts.build(dataset([text]), max_terms=99) == {"q0": terms}
+
+
+def test_boilerplate_of_many_documents_is_dropped():
+    docs = [f"run{i} path/to/file{i} --jobs" for i in range(100)]
+    built = thoughts.build(dataset(docs, [f"q{i}" for i in range(100)]), max_terms=9)
+    assert built["q7"] == "run7 file7"
+
+
+def test_best_graded_document_is_the_one():
+    docs = ["alpha one", "beta two", "gamma three"]
+    data = dataset(
+        docs, ["q0", "q1", "q2"], {"q0": {"d0": 1, "d1": 2}, "q1": {"d2": 1, "d0": 1}, "q2": {"d2": 0}}
+    )
+    assert thoughts.build(data, max_terms=4) == {"q0": "beta two", "q1": "gamma three"}  # q2 has none
+
+
+def test_document_without_terms_gives_no_thought_and_bad_max_terms_is_refused():
+    assert thoughts.build(dataset([":(){ :|:& };:"]), max_terms=4) == {}
+    with pytest.raises(ValueError, match="max_terms"):
+        thoughts.build(dataset(["x"]), max_terms=0)
+
+
+def test_written_thoughts_are_read_back(tmp_path):
+    written = {"q1": "tar -x naïve", "q0": "ls"}
+    thoughts.write(written, tmp_path / "new" / "thoughts.jsonl")
+    assert beir.read_thoughts(tmp_path / "new" / "thoughts.jsonl", ["q0", "q1"]) == written
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["thoughts.jsonl"]
+    with pytest.raises(UserError, match="thoughts.jsonl:1: unknown query 'q1'"):
+        beir.read_thoughts(tmp_path / "new" / "thoughts.jsonl", ["q0"])
+    with pytest.raises(UserError, match="does not exist"):
+        beir.read_thoughts(tmp_path / "none.jsonl", [])
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return beir.load(BUNDLED)
+
+
+def test_bundled_splits_keep_their_promises(bundled):
+    assert {split: len(judged) for split, judged in bundled.qrels.items()} == {
+        "train": 20_235,
+        "validation": 400,
+        "seen": 1_300,
+        "unseen": 1_300,
+    }
+    assert len(bundled.doc_ids) == 31_164
+    queries = [q for judged in bundled.qrels.values() for q in judged]
+    assert len(queries) == len(set(queries)) == len(bundled.query_ids)  # each query in one split, none unused
+    assert len(set(bundled.query_texts)) == len(queries)
+    docs = collections.Counter(
+        doc for judged in bundled.qrels.values() for doc in {doc for docs in judged.values() for doc in docs}
+    )
+    assert max(docs.values()) == 1  # no document is relevant in two splits
+
+    def command(rows):
+        words = bundled.doc_texts[rows[0]].split()
+        return next((word for word in words if word != "sudo"), words[0])
+
+    trained = collections.Counter(map(command, bundled.positives("train").values()))
+    assert min(trained[command(rows)] for rows in bundled.positives("seen").values()) >= 2
+    left = [trained[command(rows)] for rows in bundled.positives("validation").values()]
+    assert sum(n == 0 for n in left) == 200 and sum(n >= 2 for n in left) == 200
+    untrained = sum(trained[command(rows)] == 0 for rows in bundled.positives("unseen").values())
+    assert untrained == 1_300 - 354  # as the data set's README says
+
+
+def test_bundled_thoughts(bundled):
+    built = thoughts.build(bundled, max_terms=4)
+    positives = bundled.positives("train")
+    assert set(built) <= set(positives) and len(built) > 0.999 * len(positives)
+    assert all(1 <= len(text.split()) <= 4 for text in built.values())
+    assert sum(len(text.split()) for text in built.values()) / len(built) > 3
+    assert not any("path" in text.split() for text in built.values() if not text.startswith("path"))
