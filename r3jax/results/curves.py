@@ -1,0 +1,203 @@
+"""The charts of a report's sections, made from the lines of ``metrics.jsonl``."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from r3jax.results import charts
+from r3jax.results.table import number
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """One chart: ``keys`` maps keys of the metrics to names; ``scale`` multiplies the values."""
+
+    title: str
+    keys: Mapping[str, str]
+    unit: str = ""
+    note: str = ""
+    scale: float = 1.0
+    zero: bool = False
+    top: float | None = None
+    band: tuple[str, str] | None = None  # keys of the low and high ends around the first curve
+    stacked: bool = False
+
+
+_TERMS = [
+    _Plot("Loss, weighted sum", {"loss": "loss"}),
+    _Plot("Cross-entropy of the answer", {"loss/ce": "CE"}, "nats per token"),
+    _Plot("InfoNCE", {"loss/infonce": "InfoNCE"}, "nats"),
+    _Plot("Triplet margin", {"loss/triplet": "triplet"}, zero=True),
+    _Plot("KL to the frozen start", {"loss/kl": "KL"}, "nats per token", zero=True),
+    _Plot("Gradient norm", {"grad_norm": "norm"}, zero=True),
+    _Plot("Learning rate", {"learning_rate": "rate"}, zero=True),
+]
+_REWARD = [
+    _Plot(
+        "Reward",
+        {"reward/mean": "mean"},
+        note="The band is one standard deviation to either side.",
+        band=("low", "high"),
+    ),
+    _Plot(
+        "Reward terms",
+        {"reward/retrieval": "retrieval", "reward/format": "format", "reward/length": "length"},
+        zero=True,
+    ),
+    _Plot("Completions that end with the token", {"completion/token_rate": "share"}, "%", scale=100, top=100),
+    _Plot(
+        "Completion length",
+        {"completion/length_mean": "mean"},
+        "tokens",
+        "The band reaches from the shortest to the longest.",
+        zero=True,
+        band=("completion/length_min", "completion/length_max"),
+    ),
+    _Plot("Policy entropy", {"policy/entropy": "entropy"}, "nats per token", zero=True),
+    _Plot("KL to the reference", {"policy/kl": "KL"}, "nats per token", zero=True),
+    _Plot(
+        "Clipped ratios",
+        {"policy/clip_low": "below", "policy/clip_high": "above"},
+        "% of tokens",
+        scale=100,
+        zero=True,
+    ),
+    _Plot(
+        "Groups without spread",
+        {"policy/flat_groups": "share"},
+        "%",
+        "All rewards equal: no gradient.",
+        scale=100,
+        zero=True,
+    ),
+    _Plot(
+        "Sampler against trainer",
+        {"policy/logprob_gap": "gap"},
+        "nats",
+        "Difference of their log-probabilities of the same tokens.",
+        zero=True,
+    ),
+]
+_INDEX = [
+    _Plot("Documents re-encoded per step", {"index/reencoded": "documents"}, zero=True),
+    _Plot("Share of the corpus re-encoded", {"index/share": "share"}, "%", scale=100, zero=True),
+    _Plot("Age of the vectors", {"index/age_max": "oldest", "index/age_mean": "mean"}, "steps", zero=True),
+    _Plot(
+        "Reward error on probe steps",
+        {"probe/reward_error": "error"},
+        note="Mean absolute difference to the reward from a fully re-encoded corpus.",
+        zero=True,
+    ),
+    _Plot(
+        "Probe recall",
+        {"index/probe_recall": "recall"},
+        note="Of the stale index against exact search on fresh vectors.",
+        top=1.0,
+    ),
+    _Plot(
+        "Probe drift",
+        {"index/probe_drift": "cosine"},
+        note="Stored vectors of the probe set against fresh ones.",
+    ),
+]
+_TIME = [
+    _Plot(
+        "Reinforcement step",
+        {
+            "time/rollout": "rollout",
+            "time/encode": "encode",
+            "time/search": "search",
+            "time/reward": "reward",
+            "time/update": "update",
+        },
+        "seconds",
+        stacked=True,
+    ),
+    _Plot("Supervised throughput", {"tokens_per_second": "throughput"}, "tokens per second", zero=True),
+]
+_EVAL = _Plot(
+    "nDCG@10 on the validation split",
+    {"eval/ndcg@10/reasoning": "with reasoning", "eval/ndcg@10/direct": "direct"},
+    zero=True,
+)
+
+
+def clean(lines: Iterable[Line]) -> list[Line]:
+    """Lines with a stage and a step, in order of the steps; lines of one step merge, the last one wins."""
+    kept: dict[float, dict[str, Any]] = {}
+    for line in lines:
+        step = number(line.get("step"))
+        if step is not None and line.get("stage") in ("sft", "rl"):
+            kept[step] = {**kept.get(step, {}), **line, "step": step}
+    return [kept[step] for step in sorted(kept)]
+
+
+def learning(lines: Sequence[Line]) -> str:
+    """nDCG by stage and the terms of the supervised loss."""
+    first_rl = next((line["step"] for line in lines if line["stage"] == "rl"), None)
+    sft = [line for line in lines if line["stage"] == "sft"]
+    return _grid([_draw(_EVAL, lines, first_rl), *(_draw(plot, sft) for plot in _TERMS)])
+
+
+def reinforcement(lines: Sequence[Line]) -> str:
+    """Reward, completions and the policy."""
+    rl = []
+    for line in _rl(lines):
+        mean, spread = number(line.get("reward/mean")), number(line.get("reward/std"))
+        if mean is not None and spread is not None:
+            line = {**line, "low": mean - spread, "high": mean + spread}
+        rl.append(line)
+    return _grid([_draw(plot, rl) for plot in _REWARD])
+
+
+def index(lines: Sequence[Line]) -> str:
+    """Staleness of the index and what it costs to keep it fresh."""
+    return _grid([_draw(plot, _rl(lines)) for plot in _INDEX])
+
+
+def time(lines: Sequence[Line]) -> str:
+    """Where a step's time goes."""
+    return _grid([_draw(_TIME[0], _rl(lines)), _draw(_TIME[1], lines)])
+
+
+def _rl(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if line["stage"] == "rl"]
+
+
+def _draw(plot: _Plot, lines: Sequence[Line], boundary: float | None = None) -> str:
+    band = [
+        (line["step"], low * plot.scale, high * plot.scale)
+        for line in lines
+        if plot.band
+        and (low := number(line.get(plot.band[0]))) is not None
+        and (high := number(line.get(plot.band[1]))) is not None
+    ]
+    series = [
+        charts.Series(
+            name,
+            [
+                (line["step"], value * plot.scale)
+                for line in lines
+                if (value := number(line.get(key))) is not None
+            ],
+            band if i == 0 else (),
+        )
+        for i, (key, name) in enumerate(plot.keys.items())
+    ]
+    return charts.chart(
+        plot.title,
+        series,
+        unit=plot.unit,
+        note=plot.note,
+        boundary=boundary,
+        stacked=plot.stacked,
+        zero=plot.zero,
+        top=plot.top,
+    )
+
+
+def _grid(figures: Sequence[str]) -> str:
+    drawn = "".join(figures)
+    return f'<div class="grid">{drawn}</div>' if drawn else ""
