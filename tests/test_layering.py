@@ -12,7 +12,7 @@ OUTSIDE = {"bench", "configs", "launch", "tests"}  # they stand on the library, 
 
 
 def read_layers(text: str) -> dict[str, int]:
-    """{room: layer} of the block under "## Layers"; a room is a folder ("r3jax/run") or a file ("r3jax/losses")."""
+    """{room: layer} of the block under "## Layers"; a room is a folder or, right under r3jax, a file."""
     block = text.split("## Layers", 1)[1].split("\n## ", 1)[0]
     layers = {}
     for line in block.splitlines():

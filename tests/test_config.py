@@ -1,0 +1,273 @@
+"""Configs: overrides take the type of what they replace; every mistake is one sentence and exit code 2."""
+
+import json
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from r3jax.errors import UserError
+from r3jax.run import config as configs
+from r3jax.run.rules import RULES
+
+FILE = """
+from ml_collections import ConfigDict
+from r3jax.run.config import choose
+
+def get_config(arg="tiny"):
+    width = choose(arg, {"tiny": 128, "qwen2_5_0_5b": 896})
+    return ConfigDict(dict(
+        name="try", seed=0, init_from="", hint=None,
+        model=dict(width=width, tied=True),
+        data=dict(eval_splits=("seen", "unseen"), sizes=(1, 2)),
+        rl=dict(group_size=8, learning_rate=1e-4),
+    ))
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "try.py"
+    path.write_text(FILE)
+    return path
+
+
+def parse(*argv, **kwargs):
+    return configs.parse(argv, "r3jax.train", **kwargs)
+
+
+def test_overrides_take_the_type_of_what_they_replace(file):
+    parsed = parse(
+        f"--config={file}:qwen2_5_0_5b",
+        "--config.rl.group_size=4",
+        "--config.rl.learning_rate",
+        "2",
+        "--config.model.tied=false",
+        "--config.data.eval_splits=a,b,c",
+        "--config.data.sizes=(3, 4)",
+        "--config.init_from=",
+        "--config.hint=7",
+        "--workdir=else/where",
+    )
+    config = parsed.config
+    assert (config.model.width, config.rl.group_size, config.model.tied, config.hint) == (896, 4, False, 7)
+    assert isinstance(config.rl.learning_rate, float) and config.rl.learning_rate == 2.0
+    assert config.data.eval_splits == ("a", "b", "c") and config.data.sizes == (3, 4)
+    assert parsed.workdir == pathlib.Path("else/where")
+    assert config.is_locked
+
+
+def test_the_defaults(file):
+    parsed = parse(f"--config={file}")
+    assert parsed.config.model.width == 128
+    assert parsed.workdir == pathlib.Path("runs/try") and parsed.flags == {}
+
+
+def test_a_saved_config_reads_back_the_same(file, tmp_path):
+    config = parse(f"--config={file}", "--config.rl.group_size=4").config
+    configs.save(config, tmp_path / "run" / "config.json")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["rl"]["group_size"] == 4
+    parsed = parse(
+        f"--workdir={tmp_path / 'run'}",
+        "--split=seen",
+        "--config.seed=3",
+        flags={"split": "which", "data": "where"},
+        config_required=False,
+    )
+    assert parsed.config.rl.to_dict() == config.rl.to_dict()
+    assert parsed.config.data.to_dict() == config.data.to_dict()
+    assert parsed.config.seed == 3 and parsed.flags == {"split": "seen", "data": None}
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+MISTAKES = [
+    ([], "--config is missing"),
+    (["--config=nothing.py"], "no file nothing.py"),
+    (["--config=TRI"], "did you mean FILE"),
+    (["--config=FILE:huge"], "'huge'; choose one of tiny, qwen2_5_0_5b"),
+    (["--config=FILE:qwen2_5_05b"], "did you mean qwen2_5_0_5b?"),
+    (["--config="], "--config is empty"),
+    (["--config"], "--config needs a value"),
+    (["--confg=FILE"], "did you mean --config?"),
+    (["--config=FILE", "--workdri=x"], "did you mean --workdir?"),
+    (["--config=FILE", "extra"], "unexpected argument 'extra'"),
+    (["--config=FILE", "--config.rl.gruop_size=4"], "did you mean --config.rl.group_size?"),
+    (["--config=FILE", "--config.group_size=4"], "did you mean --config.rl.group_size?"),
+    (["--config=FILE", "--confgi.rl.group_size=4"], "did you mean --config.rl.group_size?"),
+    (["--config=FILE", "--config.rl=4"], "--config.rl is a group of fields"),
+    (["--config=FILE", "--config.rl.group_size.more=4"], "no such field"),
+    (["--config=FILE", "--config.rl.group_size=four"], "must be a whole number, not 'four'"),
+    (["--config=FILE", "--config.rl.group_size=4.5"], "must be a whole number, not '4.5'"),
+    (["--config=FILE", "--config.rl.group_size="], "must be a whole number, not ''"),
+    (["--config=FILE", "--config.rl.learning_rate=fast"], "must be a number, not 'fast'"),
+    (["--config=FILE", "--config.rl.learning_rate=nan"], "must be a number, not 'nan'"),
+    (["--config=FILE", "--config.model.tied=maybe"], "must be true or false, not 'maybe'"),
+    (["--config=FILE", "--config.data.sizes=1,x"], "--config.data.sizes must be a whole number, not 'x'"),
+]
+
+
+@pytest.mark.parametrize("argv, sentence", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_2(file, monkeypatch, capsys, argv, sentence):
+    words = [a.replace("FILE", str(file)).replace("TRI", str(file.with_name("tri.py"))) for a in argv]
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as exit_:
+        configs.run_main(lambda argv: parse(*argv) and None)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert sentence.replace("FILE", str(file)) in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+BROKEN = [
+    ("x = 1", "defines no function get_config"),
+    ("def get_config(arg='tiny'):\n    return {}", "must return a ConfigDict, not a dict"),
+    ("def get_config(arg='tiny'):\n    return 1 / 0", ":2: ZeroDivisionError: division by zero"),
+    ("import json\nimport no_such_module", ":2: ModuleNotFoundError"),
+    ("def get_config(:", ":1: "),
+    (
+        "import ml_collections as m\ndef get_config(a=''):\n    return m.ConfigDict(dict(rl=dict(f=print)))",
+        "config.rl.f is a builtin_function_or_method; use numbers",
+    ),
+]
+
+
+@pytest.mark.parametrize("text, sentence", BROKEN)
+def test_a_broken_config_file_is_named_with_its_line(tmp_path, text, sentence):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(f"--config={path}")
+    assert sentence in str(error.value) and "broken.py" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_argument_for_a_config_that_takes_none(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text("import ml_collections as m\ndef get_config():\n    return m.ConfigDict(dict(seed=0))")
+    assert parse(f"--config={path}").config.seed == 0
+    with pytest.raises(UserError, match="takes no argument; leave out :tiny"):
+        parse(f"--config={path}:tiny")
+
+
+def test_a_bug_keeps_its_trace_and_ctrl_c_is_130(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(ZeroDivisionError):
+        configs.run_main(lambda argv: 1 / 0)
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        configs.run_main(interrupted)
+    assert exit_.value.code == 130
+
+
+@pytest.fixture
+def good(tmp_path):
+    """A config that has each field of the rules, all of them valid."""
+    (tmp_path / "qrels").mkdir()
+    for name in (
+        "corpus.jsonl",
+        "queries.jsonl",
+        *(f"qrels/{s}.tsv" for s in ("train", "validation", "seen")),
+    ):
+        (tmp_path / name).touch()
+    data = {"path": str(tmp_path), "on_error": "strict", "train_split": "train", "workers": 0}
+    data |= {"validation_split": "validation", "eval_splits": ("seen",)}
+    model = {"layers": 2, "width": 8, "heads": 4, "kv_heads": 2, "head_dim": 4, "ffn": 16, "vocab": 512}
+    model |= {"rope_theta": 1e6, "norm_eps": 1e-6, "compute_dtype": "float32", "param_dtype": "float32"}
+    weights = {"ce_weight": 1.0, "kl_weight": 0.0, "infonce_weight": 1.0, "triplet_weight": 0.0}
+    optimiser = {"steps": 3, "learning_rate": 1e-3, "warmup": 0, "weight_decay": 0.0, "clip_norm": 1.0}
+    reward = {"k": 10, "retrieval": 1.0, "format": 0.1, "length": 0.1, "min_tokens": 4, "max_tokens": 16}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24, "group_size": 8}
+    policy = {"prompts": 4, "clip_low": 0.2, "clip_high": 0.3, "kl_weight": 0.0, "contrastive_weight": 0.1}
+    return ConfigDict(
+        {
+            "name": "good",
+            "seed": 0,
+            "init_from": "",
+            "data": data | {"max_query_tokens": 8, "max_doc_tokens": 8},
+            "tokenizer": {"path": "", "vocab_size": 512},
+            "model": model,
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "sft": optimiser
+            | weights
+            | {"batch_size": 4, "temperature": 0.05, "margin": 0.2, "corrupt_thoughts": 0.5},
+            "rl": optimiser | sampling | policy | {"reward": reward},
+            "index": {"budget": 0.1, "rebuild_below": 0.9, "max_age": 5, "probes": 8, "over_retrieve": 50},
+            "checkpoint": {"every": 10, "keep": 2},
+            "log": {"every": 1, "samples_every": 10},
+            "evaluate": {"every": 0},
+        }
+    )
+
+
+def test_a_good_config_passes_every_rule(good):
+    fields = dict(configs.leaves(good))
+    assert [f for rule in RULES for f in rule.fields if f not in fields] == []
+    configs.validate(good)
+
+
+def test_fields_that_a_config_lacks_are_not_checked(good):
+    del good["rl"], good["index"]
+    configs.validate(good)
+    configs.validate(ConfigDict({"name": "x"}))
+
+
+IMPOSSIBLE = [
+    ("name", "a/b", "config.name must be a name without a slash"),
+    ("seed", -1, "config.seed must be at least 0"),
+    ("init_from", "nowhere", "config.init_from names 'nowhere', which does not exist"),
+    ("data.path", "nowhere", "config.data.path names 'nowhere', which is not a folder"),
+    ("data.on_error", "ignore", "must be one of strict, skip, not 'ignore'"),
+    ("data.train_split", "trian", "config.data.train_split is 'trian', but"),
+    ("data.eval_splits", ("seen", "test"), "config.data.eval_splits is ('seen', 'test')"),
+    ("data.train_split", "seen", "data.eval_splits holds too"),
+    ("model.kv_heads", 3, "config.model.heads (4) must be a multiple of model.kv_heads (3)"),
+    ("model.head_dim", 3, "config.model.head_dim must be even"),
+    ("model.compute_dtype", "fp32", "must be one of float32, bfloat16, not 'fp32'"),
+    ("model.vocab", 400, "must be at least tokenizer.vocab_size (512)"),
+    ("mesh.tensor", 4, "config.mesh.tensor (4) must divide model.kv_heads (2)"),
+    ("mesh.data", -1, "only one of them may be -1"),
+    ("mesh.fsdp", 0, "config.mesh.fsdp must be at least 1, or -1"),
+    ("sft.steps", -1, "config.sft.steps must be at least 0"),
+    ("sft.steps", "many", "config.sft.steps must be at least 0, not many"),
+    ("sft.temperature", 0.0, "config.sft.temperature must be above 0"),
+    ("sft.learning_rate", float("inf"), "config.sft.learning_rate must be a finite number"),
+    ("rl.group_size", 1, "config.rl.group_size must be at least 2, for an advantage"),
+    ("rl.top_p", 0.9, "config.rl.top_p must be 1, for truncated sampling biases the policy ratio"),
+    ("rl.top_k", 50, "config.rl.top_k must be 0, for truncated sampling biases the policy ratio"),
+    ("rl.reward.min_tokens", 20, "(20) must not exceed rl.reward.max_tokens (16)"),
+    ("rl.max_new_tokens", 8, "(16) must not exceed rl.max_new_tokens (8)"),
+    ("index.budget", 1.5, "config.index.budget must be between 0 and 1, not 1.5"),
+    ("index.over_retrieve", 5, "(5 candidates) must be at least rl.reward.k (10)"),
+    ("checkpoint.keep", 0, "config.checkpoint.keep must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("field, value, sentence", IMPOSSIBLE)
+def test_an_impossible_value_is_named(good, field, value, sentence):
+    *groups, leaf = field.split(".")
+    group = good
+    for name in groups:
+        group = group[name]
+    with group.ignore_type():
+        group[leaf] = value
+    with pytest.raises(UserError) as error:
+        configs.validate(good)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
+def test_a_data_folder_without_its_files(good, name):
+    (pathlib.Path(good.data.path) / name).unlink()
+    with pytest.raises(UserError, match=f"holds no {name}"):
+        configs.validate(good)
+
+
+def test_all_loss_weights_zero(good):
+    good.sft.ce_weight = good.sft.infonce_weight = 0.0
+    with pytest.raises(UserError, match="stage 1 would learn nothing"):
+        configs.validate(good)
+    good.sft.steps = 0
+    configs.validate(good)
