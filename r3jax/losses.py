@@ -1,9 +1,11 @@
 """Losses of stage 1 as pure JAX functions: contrastive terms, token terms in chunks, and gradient caching.
 
-All of them work bare and under an Explicit mesh with the batch axis sharded; what has to be gathered for that is
-gathered visibly. Axis legend: B queries, M documents, H hard negatives, D width, N tokens, V vocabulary.
+All of them work bare and under an Explicit mesh with the batch axis sharded; what has to be gathered for
+that is gathered visibly. Axis legend: B queries, M documents, H hard negatives, D width, N tokens, V
+vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,15 +81,15 @@ def token_terms(
 ) -> TokenTerms:
     """Log-probability, entropy and exact KL of each token without ever holding logits [N, V].
 
-    Chunks of about `chunk` tokens go one after the other through the unembedding, and again in the backward pass
-    (rematerialised), so memory is chunk * V. Differentiable in `hidden` and in whatever `unembed` holds.
+    Chunks of about `chunk` tokens go one after the other through the unembedding, and again in the backward
+    pass (rematerialised), so memory is chunk * V. Differentiable in `hidden` and in whatever `unembed` holds.
 
     Args:
       unembed: the table [V, D], or a function from hidden states [n, D] to logits [n, V].
       ref_hidden: the frozen reference's hidden states; no gradient flows there.
       ref_unembed: its unembedding; the policy's own where not given, with the gradient cut off.
-      kl_direction: "ref_policy" = KL(reference || policy), which keeps all that the reference thinks possible;
-        "policy_ref" = KL(policy || reference), which forbids what it thinks impossible.
+      kl_direction: "ref_policy" = KL(reference || policy), which keeps all that the reference thinks
+        possible; "policy_ref" = KL(policy || reference), which forbids what it thinks impossible.
     """
     if kl_direction not in KL_DIRECTIONS:
         raise ValueError(f"kl_direction must be one of {', '.join(KL_DIRECTIONS)}, not {kl_direction!r}")
@@ -123,10 +125,10 @@ def token_terms(
 def chunked_token_losses(
     hidden, unembed, targets, weights: Float[Array, " N"], **kwargs
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums over tokens of the cross-entropy and of the KL to the reference; arguments of `token_terms`.
+    """Weighted sums over tokens of cross-entropy and KL to the reference; arguments of `token_terms`.
 
-    Sums, so that the caller divides by the whole batch's weight whatever the micro-batch. What stands at tokens of
-    weight 0 does not matter.
+    Sums, so that the caller divides by the whole batch's weight whatever the micro-batch. What stands at
+    tokens of weight 0 does not matter.
     """
     terms = token_terms(hidden, unembed, targets, **kwargs)
     used = weights > 0
@@ -137,22 +139,24 @@ def chunked_token_losses(
 def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: int, has_aux: bool = False):
     """Loss and gradient of `loss_fn(encode_fn(params, batch))`, encoding `chunks` parts one after the other.
 
-    The gradient is that of the one big batch, the activations held are those of one part, the price is a second
-    forward pass. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
-    (GradCache, arXiv 2101.06983).
+    The gradient is that of the one big batch, the activations held are those of one part, the price is a
+    second forward pass. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
+    Limited Setup" (GradCache, arXiv 2101.06983).
 
     Args:
-      encode_fn: (params, part of the batch) to a pytree of floating-point arrays with one row per row of the part:
-        embeddings, and per-row sums of other losses if wanted. A row must depend on its own row of the batch only.
+      encode_fn: (params, part of the batch) to a pytree of floating-point arrays with one row per row of the
+        part: embeddings, and per-row sums of other losses if wanted. A row must depend on its own row of the
+        batch only.
       loss_fn: from that pytree for the whole batch to a scalar, or to (scalar, anything) with `has_aux`.
-      batch: a pytree of arrays [B, ...]; `chunks` divides B.
+      batch: a pytree of arrays [B, ...]; `chunks` divides the rows of each device.
 
     Returns:
       (loss, gradient), or ((loss, aux), gradient), as `jax.value_and_grad` would.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
-    if chunks < 1 or rows % chunks:
-        raise ValueError(f"chunks must divide the batch of {rows} rows, it is {chunks}")
+    shards = _row_shards(jax.tree.leaves(batch)[0])
+    if chunks < 1 or rows % (chunks * shards):
+        raise ValueError(f"chunks must divide the {rows // shards} rows of each device, it is {chunks}")
     parts = jax.tree.map(lambda x: _split(x, chunks), batch)
     encoded = jax.lax.map(lambda part: encode_fn(params, part), parts)
     encoded = jax.tree.map(lambda x: _join(x, rows), encoded)
@@ -193,14 +197,21 @@ def _gathered(x: jax.Array) -> jax.Array:
 
 
 def _split(x: jax.Array, chunks: int) -> jax.Array:
-    """[N, ...] as [chunks, n, ...]: chunk c takes rows c, c + chunks, ...; padded with zeros where it does not divide.
+    """[N, ...] as [chunks, n, ...]: chunk c takes rows c, c + chunks, ..., zeros where N does not divide.
 
     Interleaved, so that n inherits a sharding of N and each device has a piece of every chunk.
     """
-    short = -x.shape[0] % chunks
+    short = -x.shape[0] % (chunks * _row_shards(x))
     if short:
         x = jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1))
     return jnp.moveaxis(x.reshape(-1, chunks, *x.shape[1:]), 1, 0)
+
+
+def _row_shards(x: jax.Array) -> int:
+    """Into how many pieces the mesh splits the first axis of `x`."""
+    sharding = jax.typeof(x).sharding
+    axes = sharding.spec[0] or ()
+    return math.prod(sharding.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
 def _join(x: jax.Array, count: int) -> jax.Array:

@@ -1,21 +1,26 @@
 """Policy-gradient arithmetic as pure JAX functions over arrays and masks, apart from any loop.
 
 Departures from GRPO as published (Shao et al., DeepSeekMath, arXiv 2402.03300):
-- A group whose rewards are all equal gets advantages of exactly 0; no epsilon-sized noise is divided by itself.
-- The loss's normaliser is an argument. The default is DAPO's mean over all tokens (arXiv 2503.14476); GRPO's own mean
-  over sequences of their token means is `normalise="sequence"`, Dr. GRPO's constant length (arXiv 2503.20783) is
-  `normalise="dr_grpo"`. Its denominator can be given, so that any split into micro-batches gives the same gradient.
-- The two clip bounds differ (DAPO's clip-higher), and the ratio may be the sequence's (GSPO, arXiv 2507.18071).
+- A group whose rewards are all equal gets advantages of exactly 0; no epsilon-sized noise is divided by
+  itself.
+- The loss's normaliser is an argument. The default is DAPO's mean over all tokens (arXiv 2503.14476); GRPO's
+  own mean over sequences of their token means is `normalise="sequence"`, Dr. GRPO's constant length (arXiv
+  2503.20783) is `normalise="dr_grpo"`. Its denominator can be given, so that any split into micro-batches
+  gives the same gradient.
+- The two clip bounds differ (DAPO's clip-higher), and the ratio may be the sequence's (GSPO, arXiv
+  2507.18071).
 - Advantages may skip the standard deviation (Dr. GRPO) or leave the sample itself out of its baseline (RLOO,
   arXiv 2402.14740).
 - The KL term has the gradient of KL(policy || reference). k3 differentiated directly has that of the opposite
-  direction, KL(reference || policy), and k1's is zero in expectation. So "k3" here is k3's value (never negative, low
-  variance) with k2's gradient, (log p - log q) * grad log p, which is unbiased where the samples are the policy's.
-- One inner step per batch is the usual case: the ratio is then 1 and the clip idle, yet the gradient is the same.
+  direction, KL(reference || policy), and k1's is zero in expectation. So "k3" here is k3's value (never
+  negative, low variance) with k2's gradient, (log p - log q) * grad log p, which is unbiased where the
+  samples are the policy's.
+- One inner step per batch is the usual case: the ratio is then 1 and the clip idle, yet the gradient is the
+  same.
 
-Axis legend: B prompts, G samples per prompt (group), R = B * G rollouts, T tokens, V vocabulary. Masks are 1 at
-sampled tokens, the terminal token included; a token that was forced (length limit) has mask 0. Everything is
-elementwise or a sum over an axis, so R may be sharded over any mesh axes.
+Axis legend: B prompts, G samples per prompt (group), R = B * G rollouts, T tokens, V vocabulary. Masks are 1
+at sampled tokens, the terminal token included; a token that was forced (length limit) has mask 0. Everything
+is elementwise or a sum over an axis, so R may be sharded over any mesh axes.
 """
 
 import jax
@@ -36,8 +41,8 @@ def group_spread(rewards: Float[Array, "B G"]) -> Float[Array, " B"]:
 def advantages(rewards: Float[Array, "B G"], kind: str = "grpo", eps: float = 1e-6) -> Float[Array, "B G"]:
     """How much better each sample is than its group.
 
-    "grpo": (r - mean) / (std + eps), std with G - 1; "dr_grpo": r - mean; "rloo": r minus the mean of the others.
-    A group of equal rewards, and a group of one, gets exactly 0.
+    "grpo": (r - mean) / (std + eps), std with G - 1; "dr_grpo": r - mean; "rloo": r minus the mean of the
+    others. A group of equal rewards, and a group of one, gets exactly 0.
     """
     _one_of("kind", kind, ADVANTAGES)
     size = rewards.shape[1]
@@ -56,8 +61,9 @@ def advantages(rewards: Float[Array, "B G"], kind: str = "grpo", eps: float = 1e
 def loss_denominator(mask: Float[Array, "R T"], normalise: str = "token", max_tokens: int | None = None):
     """What the summed loss of a batch is divided by (a scalar): tokens, sequences, or sequences * max_tokens.
 
-    Micro-batches pass the whole batch's denominator to `policy_loss` and `masked_mean` and add up what they get. A
-    sequence without a token in the mask counts for nothing, except under "dr_grpo", whose constant counts every row.
+    Micro-batches pass the whole batch's denominator to `policy_loss` and `masked_mean` and add up what they
+    get. A sequence without a token in the mask counts for nothing, except under "dr_grpo", whose constant
+    counts every row.
     """
     _one_of("normalise", normalise, NORMALISERS)
     if normalise == "token":
@@ -77,10 +83,11 @@ def masked_mean(
     max_tokens: int | None = None,
     denominator=None,
 ) -> Float[Array, ""]:
-    """The batch's mean of `values` by one of NORMALISERS; what stands where the mask is 0 may be anything, NaN too.
+    """The batch's mean of `values` by one of NORMALISERS; where the mask is 0 anything may stand, NaN too.
 
-    "token": sum over all tokens / tokens. "sequence": mean over sequences of each one's token mean. "dr_grpo": sum
-    over all tokens / (rows * max_tokens). `denominator` replaces the last division's, see `loss_denominator`.
+    "token": sum over all tokens / tokens. "sequence": mean over sequences of each one's token mean.
+    "dr_grpo": sum over all tokens / (rows * max_tokens). `denominator` replaces the last division's, see
+    `loss_denominator`.
     """
     if denominator is None:
         denominator = loss_denominator(mask, normalise, max_tokens)
@@ -103,20 +110,20 @@ def policy_loss(
     max_tokens: int | None = None,
     denominator=None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The clipped surrogate -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), averaged over the batch.
+    """The clipped surrogate -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), averaged.
 
     Args:
       logp: log-probabilities of the sampled tokens under the policy that is trained.
       old_logp: the same under the policy that sampled them, constants.
       advantages: one per rollout, constants.
       mask: 1 at sampled tokens.
-      ratio: "token" = p / p_old of each token; "sequence" = their geometric mean over the rollout (GSPO, to be used
-        with normalise="sequence").
+      ratio: "token" = p / p_old of each token; "sequence" = their geometric mean over the rollout (GSPO, to
+        be used with normalise="sequence").
       normalise, max_tokens, denominator: see `masked_mean`.
 
     Returns:
-      The loss and float32 scalars, means over the tokens of the mask: `clip_low` and `clip_high`, the shares of
-      tokens whose gradient the lower (upper) bound cut off; `ratio`; `logp_gap`, mean |logp - old_logp|.
+      The loss and float32 scalars, means over the tokens of the mask: `clip_low` and `clip_high`, the shares
+      of tokens whose gradient the lower (upper) bound cut off; `ratio`; `logp_gap`, mean |logp - old_logp|.
     """
     _one_of("ratio", ratio, RATIOS)
     _one_of("normalise", normalise, NORMALISERS)
@@ -149,7 +156,8 @@ def kl(
 
     With d = logp - ref_logp: "k2" is d^2 / 2, "k3" is exp(-d) - 1 + d, "none" is 0. Both have the gradient
     d * grad logp, whose expectation under the policy is the gradient of KL(policy || reference).
-    Source: Schulman, "Approximating KL Divergence" (2020) for the values; see the top of this file for the gradient.
+    Source: Schulman, "Approximating KL Divergence" (2020) for the values; see the top of this file for the
+    gradient.
     """
     _one_of("kind", kind, KLS)
     if kind == "none":

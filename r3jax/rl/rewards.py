@@ -15,8 +15,9 @@ Every retrieval reward has the same signature, takes what one fresh ranking offe
   emitted          bool [R]     whether the rollout wrote the embed token; a rollout that did not gets 0
 
 The paper's own reward is not published in full; `dcg_scaled` is our reading of it (graded by rank and by
-closeness), `log_rank` follows LREM and `margin` ELVA. A non-finite number in the input of an emitting rollout, or in
-a result, raises ValueError that names the rollout. Axis legend: R rollouts, K candidates, P relevant documents.
+closeness), `log_rank` follows LREM and `margin` ELVA. A non-finite number in the input of an emitting
+rollout, or in a result, raises ValueError that names the rollout. Axis legend: R rollouts, K candidates, P
+relevant documents.
 """
 
 import numpy as np
@@ -66,9 +67,10 @@ def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, ga
 
 
 def margin(rows, scores, relevant, positive_scores, *, k, size, ranks=None, gains=None, emitted=None):
-    """Cosine to the best relevant document minus the best irrelevant candidate's, in [-2, 2]; does not saturate.
+    """Cosine to the best relevant document minus the best irrelevant one's, in [-2, 2]; does not saturate.
 
-    Source: ELVA. Every one of the K candidates that is not relevant is a negative; if none is, the margin is 0.
+    Source: ELVA. Every one of the K candidates that is not relevant is a negative; if none is, the margin is
+    0.
     """
     ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, gains, emitted)
     best_positive = np.where(ranking.known, ranking.positive_scores, -np.inf).max(axis=1)
@@ -83,12 +85,12 @@ REWARDS = {"dcg_scaled": dcg_scaled, "ndcg": ndcg, "mrr": mrr, "log_rank": log_r
 
 
 def format_term(embed_token_by_itself) -> np.ndarray:
-    """1 where the rollout ended with the embed token of its own accord, 0 where it was cut off or forced; [R]."""
+    """1 where the rollout wrote the embed token of its own accord, 0 where it was cut off or forced; [R]."""
     return np.asarray(embed_token_by_itself, bool).astype(np.float64)
 
 
 def length_term(lengths, minimum: int, maximum: int) -> np.ndarray:
-    """1 for thoughts of `minimum` to `maximum` tokens, falling linearly to 0 at no token and at twice the maximum.
+    """1 for thoughts of `minimum` to `maximum` tokens, falling linearly to 0 at length 0 and 2 * maximum.
 
     `lengths` [R] counts the tokens of the thought, without the embed token.
     """
@@ -143,7 +145,8 @@ class _Ranking:
         gains = np.ones(relevant.shape) if gains is None else np.asarray(gains, np.float64)
         if gains.shape != relevant.shape:
             raise ValueError(f"gains must have shape {relevant.shape}, not {gains.shape}")
-        # A rollout without an embedding has no scores: whatever stands there is replaced before it can spread.
+        # A rollout without an embedding has no scores: whatever stands there is replaced before it can
+        # spread.
         written = self.emitted[:, None]
         self.known = (relevant >= 0) & written
         self.all_scores = np.where(written, scores, 0.0)
@@ -165,7 +168,7 @@ class _Ranking:
         self.hit_gains = (match[:, :k] * self.gains[:, None, :]).max(axis=2, initial=0.0)
 
     def discounted_gain(self, closeness) -> np.ndarray:
-        """DCG@k of the hits, each scaled by `closeness` [R, k], over the ideal DCG@k; 0 without relevant documents."""
+        """DCG@k of the hits times `closeness` [R, k], over the ideal DCG@k; 0 without relevant documents."""
         discount = 1.0 / np.log2(np.arange(2, self.k + 2))
         found = (self.hit_gains * closeness * discount).sum(axis=1)
         ideal_gains = -np.sort(-self.gains, axis=1)[:, : self.k]

@@ -1,8 +1,8 @@
 """What every array must satisfy before a search backend sees it.
 
-ScaNN 1.4 does not raise on bad input: a NaN row, a batch of size zero or an inf in an upsert ends the process, a
-NaN query or a k above the index's size gives quietly wrong rows. So the index checks first, and these checks raise
-ValueError that names the argument.
+ScaNN 1.4 does not raise on bad input: a NaN row, a batch of size zero or an inf in an upsert ends the
+process, a NaN query or a k above the index's size gives quietly wrong rows. So the index checks first, and
+these checks raise ValueError that names the argument.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Exact search: a jitted matrix product and a running top k over chunks of documents. The oracle for the others.
+"""Exact search: a jitted matrix product and a running top k over chunks of documents; the oracle.
 
 Axis legend: Q queries, N documents, D width, C documents per chunk, k results.
 """
@@ -15,7 +15,7 @@ QUERIES = 128  # queries per call of the compiled function, so that any number o
 
 @partial(jax.jit, static_argnames=("k", "size"))
 def _top_k(queries, chunks, *, k: int, size: int):
-    """Rows and scores of the k best of the first `size` documents in `chunks` [n, C, D], for `queries` [q, D]."""
+    """Rows and scores of the k best of the first `size` documents in `chunks` [n, C, D] for `queries`."""
     width = chunks.shape[1]
 
     def step(best, chunk_and_offset):

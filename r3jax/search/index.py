@@ -1,7 +1,7 @@
 """The refreshable index: one vector per document, and the training step at which it was encoded.
 
-Documents are rows 0..N-1. The index knows neither the model nor the text: whoever re-encodes a document hands its
-new vector to `upsert`. Axis legend: N documents, Q queries, D width, k results.
+Documents are rows 0..N-1. The index knows neither the model nor the text: whoever re-encodes a document
+hands its new vector to `upsert`. Axis legend: N documents, Q queries, D width, k results.
 """
 
 import math
@@ -14,17 +14,19 @@ from r3jax.search.scann_backend import ScannBackend
 
 KINDS = ("exact", "scann")
 
-# Measured on two CPU cores: a tree answers faster than brute force from some 10,000 documents on, but takes upserts
-# 18 times more slowly, and only brute force is exact and reproducible. With 400 queries and 3 % of the documents
-# refreshed per step the tree's step gets cheaper between 30,000 and 40,000 documents.
+# A tree searches faster than brute force from some 10,000 documents on, yet takes upserts 18 times more
+# slowly, misses a few per cent of the neighbours, and is not reproducible when rebuilt. Up to here exactness
+# is cheap: brute force over 40,000 documents of width 384 answers 400 queries in 0.4 s of one CPU core,
+# little beside an RL step.
 TREE_ABOVE = 40_000
 MAX_STEP = np.iinfo(np.int32).max
 
 
 class VersionedIndex:
-    """Vectors float32 [N, D] with L2-normalised rows, their versions int32 [N], and a search backend over them.
+    """Vectors float32 [N, D] of length 1, their versions int32 [N], and a search backend over them.
 
-    Use `build` or `from_state`. Every argument is checked before the backend sees it: ValueError names the argument.
+    Use `build` or `from_state`. Every argument is checked before the backend sees it: ValueError names the
+    argument.
     """
 
     def __init__(self, vectors, versions, kind: str, tree_above: int, leaves: int, assets=None):
@@ -85,8 +87,8 @@ class VersionedIndex:
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents of each query [Q, D]: rows int32 [Q, k] and scores float32 [Q, k], descending.
 
-        Scores are dot products with the stored vectors; ties go to the lower row. Deterministic, and independent of
-        how queries are batched.
+        Scores are dot products with the stored vectors; ties go to the lower row. Deterministic, and
+        independent of how queries are batched.
         """
         queries = checks.matrix("queries", queries, self._vectors.shape[1])
         k = checks.whole("k", k, 1, len(self))
@@ -100,7 +102,7 @@ class VersionedIndex:
         return rows, scores
 
     def upsert(self, rows, vectors, step: int) -> None:
-        """Replaces the vectors of known `rows` [n] (unique) by `vectors` [n, D], encoded at `step`. n may be 0."""
+        """Replaces the vectors of known, unique `rows` [n] by `vectors` [n, D], encoded at `step`."""
         rows = checks.row_ids("rows", rows, len(self))
         vectors = checks.unit_rows("vectors", checks.matrix("vectors", vectors, self._vectors.shape[1]))
         step = checks.whole("step", step, 0, MAX_STEP)
@@ -115,19 +117,20 @@ class VersionedIndex:
             self._scann.upsert(rows, vectors)
 
     def rebuild(self) -> None:
-        """Trains a tree's partitions and quantiser anew on the current vectors; nothing to do for the other backends.
+        """Trains a tree's partitions and quantiser anew on the current vectors; else nothing to do.
 
-        ScaNN's training is not reproducible: a run killed after a rebuild and before the next `state` repeats the
-        rebuild and may get a slightly different tree. To keep resumption exact, take `state` right after it.
+        ScaNN's training is not reproducible: a run killed after a rebuild and before the next `state`
+        repeats the rebuild and may get a slightly different tree. To keep resumption exact, take `state`
+        right after it.
         """
         if self._scann is not None and self._leaves:
             self._scann.rebuild()
 
     def recall_probe(self, queries, k: int) -> float:
-        """Recall@k in [0, 1] of `search` against exact search over the same stored vectors, mean over queries [Q, D].
+        """Mean recall@k in [0, 1] over queries [Q, D] of `search` against exact search over the same vectors.
 
-        A returned document counts when it scores at least what the k-th exact one does, so that documents with equal
-        vectors may stand for one another.
+        A returned document counts when it scores at least what the k-th exact one does, so that documents
+        with equal vectors may stand for one another.
         """
         rows, scores = self.search(queries, k)
         if len(rows) == 0:
@@ -140,9 +143,10 @@ class VersionedIndex:
     def state(self) -> dict[str, np.ndarray]:
         """Everything needed to go on, as numpy arrays without pickle: vectors, versions, settings, tree.
 
-        `tree` (uint8) is empty for brute force and exact search; for a tree it holds the trained parts, because a
-        tree that lived through upserts differs from one trained on the same vectors. Taking the state makes the index
-        itself go on from the saved copy, so that it and its restored twin answer alike, bit for bit.
+        `tree` (uint8) is empty for brute force and exact search; for a tree it holds the trained parts,
+        because a tree that lived through upserts differs from one trained on the same vectors. Taking the
+        state makes the index itself go on from the saved copy, so that it and its restored twin answer
+        alike, bit for bit.
         """
         settings = np.array([KINDS.index(self._kind), self._tree_above, self._leaves], np.int64)
         assets = np.zeros(0, np.uint8) if self._scann is None else self._scann.assets()

@@ -5,12 +5,13 @@ Every optimiser step makes all stored vectors a little stale, and only a few can
 - `none`: nothing. `full`: everything that is not fresh, whatever the budget (the reference).
 - `round_robin`: oldest first.
 - `neighbourhood`: what the rollouts' searches returned, best position first.
-- `boundary`: the same documents, those first whose re-encoding is likeliest to change a reward: a stale document
-  matters only if its fresh score may lie on the other side of the score that decides the reward (theta).
+- `boundary`: the same documents, those first whose re-encoding is likeliest to change a reward: a stale
+  document matters only if its fresh score may lie on the other side of the score that decides the reward
+  (theta).
 - `hybrid`: boundary with a share of the budget for round robin, so that no document grows old unseen.
 
-The Search-R3 paper (arXiv 2510.07048) names selective refresh and not its rule; the rules here are this project's.
-Axis legend: N documents, R rollouts, L candidates per rollout, P positives.
+The Search-R3 paper (arXiv 2510.07048) names selective refresh and not its rule; the rules here are this
+project's. Axis legend: N documents, R rollouts, L candidates per rollout, P positives.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class DriftEstimate:
     Two floats and a decay, so `dataclasses.asdict` stores it and `DriftEstimate(**stored)` restores it.
     """
 
-    mean_square: float = 1e-4  # of (old score - new score) / sqrt(age); the start stands for a drift of .01 a step
+    mean_square: float = 1e-4  # of (old score - new score) / sqrt(age); starts at a drift of .01 a step
     updates: int = 0  # how many batches it has seen; the first replaces the start
     decay: float = 0.9  # share of the past kept per batch
 
@@ -38,10 +39,12 @@ class DriftEstimate:
         return float(np.sqrt(self.mean_square))
 
     def update(self, old_scores, new_scores, ages) -> "DriftEstimate":
-        """The estimate after one batch: stale and fresh scores [n] of documents re-encoded, ages [n] in steps >= 1."""
+        """The estimate after one batch: stale and fresh scores [n] of re-encoded documents, ages [n] >= 1."""
         old, new, ages = (np.asarray(x, np.float64).ravel() for x in (old_scores, new_scores, ages))
         if not old.size == new.size == ages.size:
-            raise ValueError(f"old_scores, new_scores and ages differ in length: {old.size}, {new.size}, {ages.size}")
+            raise ValueError(
+                f"old_scores, new_scores, ages differ in length: {old.size}, {new.size}, {ages.size}"
+            )
         if old.size == 0:
             return self
         if not (np.isfinite(old).all() and np.isfinite(new).all()):
@@ -56,10 +59,10 @@ class DriftEstimate:
 
 
 def reward_steps(ranks, k: int) -> np.ndarray:
-    """The largest change of the discount 1/log2(rank + 1), cut at k, when a rank in `ranks` (from 1) moves by one.
+    """The largest change of the discount 1/log2(rank + 1), cut at k, when a rank (from 1) moves by one.
 
-    Beyond rank k + 1 one move changes nothing; the slope of the uncut discount stands in, so that rollouts whose
-    positive is far off still count for a little.
+    Beyond rank k + 1 one move changes nothing; the slope of the uncut discount stands in, so that rollouts
+    whose positive is far off still count for a little.
     """
     ranks = np.asarray(ranks, np.float64)
 
@@ -75,8 +78,8 @@ def reward_steps(ranks, k: int) -> np.ndarray:
 def boundary_priority(versions, step, candidates, scores, theta, ranks, sigma, k) -> np.ndarray:
     """The expected reward change [N] from re-encoding each document; zero for those that no search returned.
 
-    Sum over rollouts of `reward_steps` times the probability that the fresh score is on the other side of theta:
-    the normal tail of |score - theta| / (sigma * sqrt(age)). Arguments as in `choose`.
+    Sum over rollouts of `reward_steps` times the probability that the fresh score is on the other side of
+    theta: the normal tail of |score - theta| / (sigma * sqrt(age)). Arguments as in `choose`.
     """
     size = len(versions)
     rows = np.where(candidates >= 0, candidates, size)  # padding is counted in a bin of its own and dropped
@@ -102,21 +105,23 @@ def choose(
     max_age: int | None = None,
     share: float = 0.25,
 ) -> np.ndarray:
-    """The rows to re-encode now, int64 [n], unique, most urgent first, n <= budget (`full` ignores the budget).
+    """The rows to re-encode now, int64 [n], unique, most urgent first, n <= budget (`full` ignores it).
 
-    Order: documents older than `max_age` (oldest first), then the batch's positives, then the policy's own. `none`
-    returns nothing and `full` everything stale; `round_robin` does not look at positives. A document encoded at
-    `step` is never chosen. Ties go to the lower row, so equal inputs give equal outputs.
+    Order: documents older than `max_age` (oldest first), then the batch's positives, then the policy's own.
+    `none` returns nothing and `full` everything stale; `round_robin` does not look at positives. A document
+    encoded at `step` is never chosen. Ties go to the lower row, so equal inputs give equal outputs.
 
     Args:
       policy: one of POLICIES.
       versions: int [N], the step at which each document was encoded.
       step: the current step; no version may be later.
       budget: how many documents may be re-encoded.
-      positives: rows of the batch's relevant documents [P]; repeats are fine, those already re-encoded are skipped.
+      positives: rows of the batch's relevant documents [P]; repeats are fine, those already re-encoded are
+        skipped.
       candidates: rows that each rollout's search returned [R, L], best first; -1 where there is none.
       scores: their stale scores [R, L].
-      theta: the score that decides each rollout's reward [R]: the larger of its positive's score and the k-th score.
+      theta: the score that decides each rollout's reward [R]: the larger of its positive's score and the
+        k-th score.
       ranks: the rank of each rollout's positive [R], from 1; beyond k where it was not found.
       sigma: drift of a score per square root of a step, from `DriftEstimate`.
       k: the depth of the reward's ranking.
@@ -167,7 +172,8 @@ def choose(
 
 def _unique(rows: np.ndarray, ages: np.ndarray) -> np.ndarray:
     """`rows` without repeats, paddings (-1) and fresh documents, in order of first appearance."""
-    # Written back to front, so that what stays is each row's first place; sorting 800,000 candidates is slower.
+    # Written back to front, so that what stays is each row's first place; sorting 800,000 candidates is
+    # slower.
     place = np.full(len(ages) + 1, -1, np.int64)
     place[rows[::-1]] = np.arange(len(rows))[::-1]  # padding, -1, falls on the last entry
     stale = np.flatnonzero((place[:-1] >= 0) & (ages > 0))

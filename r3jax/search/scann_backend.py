@@ -1,13 +1,14 @@
-"""ScaNN 1.4 behind the index: brute force for small collections, a tree of quantised partitions for large ones.
+"""ScaNN 1.4 behind the index: brute force for small collections, a quantised tree for large ones.
 
 The caller (`VersionedIndex`) has checked every argument; nothing here validates, and ScaNN itself may end the
-process on bad input. Documents are rows, so ScaNN's own numbering is used and its pickled document ids never exist.
+process on bad input. Documents are rows, so ScaNN's own numbering is used and its pickled document ids never
+exist.
 
 Two facts, both measured, shape this file:
 - ScaNN's float scores differ in the last bit between a living and a reloaded tree and between small and large
   batches. So ScaNN only chooses candidates, and `rescore` computes and orders their scores in one fixed way.
-- Training a tree twice on the same vectors gives different trees, even with one thread. So a tree is never rebuilt
-  to restore it: its trained parts are saved (`assets`) and loaded.
+- Training a tree twice on the same vectors gives different trees, even with one thread. So a tree is never
+  rebuilt to restore it: its trained parts are saved (`assets`) and loaded.
 
 Source: Guo et al., "Accelerating Large-Scale Inference with Anisotropic Vector Quantization" (ICML 2020).
 """
@@ -27,8 +28,8 @@ BLOCK = 64  # queries rescored at once: bounds the gathered vectors to BLOCK * k
 def rescore(vectors, queries, rows, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best of the candidates `rows` [Q, c], with scores computed from `vectors` [N, D] alone.
 
-    A score depends on the query and the document only, never on the batch or on the backend's history. Descending;
-    ties go to the lower row. Returns rows int32 [Q, k] and scores float32 [Q, k].
+    A score depends on the query and the document only, never on the batch or on the backend's history.
+    Descending; ties go to the lower row. Returns rows int32 [Q, k] and scores float32 [Q, k].
     """
     top_rows = np.empty((len(queries), k), np.int32)
     top_scores = np.empty((len(queries), k), np.float32)
@@ -45,7 +46,7 @@ class ScannBackend:
     """A ScaNN searcher over the index's vectors [N, D]; `leaves` = 0 is brute force, otherwise partitions."""
 
     def __init__(self, vectors: np.ndarray, leaves: int, assets: np.ndarray | None = None):
-        """Trains a searcher on `vectors`, or loads the one that `assets()` saved (`vectors` unchanged since)."""
+        """Trains a searcher on `vectors`, or loads the one that `assets()` saved with the same vectors."""
         self._vectors = vectors
         self._leaves = leaves
         self._searcher = self._train() if assets is None else self._load(assets)
@@ -53,8 +54,8 @@ class ScannBackend:
     def _train(self):
         builder = scann_ops_pybind.builder(self._vectors, 10, "dot_product")
         if self._leaves:
-            # An eighth of the partitions keeps recall@10 near .97; two dimensions to a code and the threshold .2 are
-            # the authors' own defaults for cosine.
+            # An eighth of the partitions keeps recall@10 near .97; two dimensions to a code and the
+            # threshold .2 are the authors' own defaults for cosine.
             builder = builder.tree(self._leaves, max(1, self._leaves // 8), min_partition_size=1)
             builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(200)
         else:
@@ -62,9 +63,10 @@ class ScannBackend:
         return builder.build()
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows [Q, k] and scores [Q, k], descending, and a mask [Q] of the queries that were answered in full.
+        """Rows [Q, k], scores [Q, k], descending, and a mask [Q] of the queries that were answered in full.
 
-        A tree may hold fewer than k documents in the partitions it looks at; such a query's row is meaningless.
+        A tree may hold fewer than k documents in the partitions it looks at; such a query's row is
+        meaningless.
         """
         wanted = min(k + SLACK, len(self._vectors))
         rows, scores = self._searcher.search_batched_parallel(
@@ -86,8 +88,8 @@ class ScannBackend:
     def assets(self) -> np.ndarray:
         """The trained tree as bytes uint8 [n] (an npz of its files, no pickle); empty for brute force.
 
-        The searcher goes on from its own saved copy, so a run that continues and one that is restored from here
-        search the very same object.
+        The searcher goes on from its own saved copy, so a run that continues and one that is restored from
+        here search the very same object.
         """
         if not self._leaves:
             return np.zeros(0, np.uint8)
