@@ -168,9 +168,7 @@ class Checkpointer:
             if reasons and jax.process_index() == 0:
                 print(f"warning: {'; '.join(reasons)}; going on from step {candidate}", file=sys.stderr)
             return restored
-        raise UserError(
-            f"{'; '.join(reasons)}; no whole checkpoint is left to restore, so remove the folder."
-        )
+        raise UserError(f"{'; '.join(reasons)}; no whole one is left; move the folder away to start anew.")
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises a UserError if it could not be written."""

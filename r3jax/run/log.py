@@ -72,8 +72,13 @@ class RunLog:
         line = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         self._append(METRICS, {k: None if _odd(v) else v for k, v in line.items()})
         if stage not in self._boards:
-            # purge_step hides the points of an earlier attempt, from here on
-            self._boards[stage] = SummaryWriter(str(self.workdir / TENSORBOARD / stage), purge_step=step)
+            # purge_step hides the points of an earlier attempt, from here on; the suffix keeps its file,
+            # which would have the same name if it was opened in the same second
+            self._boards[stage] = SummaryWriter(
+                str(self.workdir / TENSORBOARD / stage),
+                purge_step=step,
+                filename_suffix=f".{time.time_ns()}",
+            )
         for name, value in values.items():
             if not _odd(value):
                 self._boards[stage].add_scalar(name, value, step)
