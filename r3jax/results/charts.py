@@ -9,11 +9,12 @@ the last values; the page's script shows the values under the pointer there (fro
 import html
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WIDTH, _HEIGHT = 480, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 24
+_WIDTH, _HEIGHT = 340, 180
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 22
 _BUCKETS = 120
 
 
@@ -36,6 +37,7 @@ def chart(
     stacked: bool = False,
     zero: bool = False,
     top: float | None = None,
+    cut: bool = False,
 ) -> str:
     """An HTML figure with a title, a legend and one SVG, or "" if no series has a point.
 
@@ -48,6 +50,7 @@ def chart(
       stacked: draw areas on top of each other (series must share their steps).
       zero: start the vertical axis at 0.
       top: the least value that the vertical axis must reach.
+      cut: let the axis end at three times the median, so that a slow first step does not flatten the rest.
     """
     series = [s for s in series if s.points]
     if not series:
@@ -62,6 +65,8 @@ def chart(
         low = min(low, 0.0)
     if top is not None:
         high = max(high, top)
+    if cut:
+        high = min(high, 3 * statistics.median(y for _, y in drawn[-1].points) or high)
     frame = _Frame.around(min(xs), max(xs), low, high)
 
     shapes = [_axes(frame)]
@@ -90,6 +95,39 @@ def chart(
     )
 
 
+def shares(title: str, parts: Sequence[tuple[str, float]]) -> str:
+    """An HTML figure with a bar cut into the parts' shares of their sum, all in seconds; "" if that is 0."""
+    parts = [(name, seconds) for name, seconds in parts if seconds > 0]
+    if not parts:
+        return ""
+    total = sum(seconds for _, seconds in parts)
+    bar = "".join(
+        f'<i class="s{i % 6}" style="flex:{100 * s / total:.2f}"></i>' for i, (_, s) in enumerate(parts)
+    )
+    rows = "".join(
+        f'<li><i class="key s{i % 6}"></i><span>{html.escape(name)}</span> <b>{duration(seconds)}</b> '
+        f"<span>{100 * seconds / total:.0f} %</span></li>"
+        for i, (name, seconds) in enumerate(parts)
+    )
+    return (
+        f'<figure class="shares"><figcaption><h3>{html.escape(title)} <small>{duration(total)}</small></h3>'
+        f'</figcaption><div class="split-bar" aria-hidden="true">{bar}</div>'
+        f'<ul class="parts">{rows}</ul></figure>'
+    )
+
+
+def duration(seconds: float) -> str:
+    """ "0.36 s", "42 s", "17 min 23 s", "3 h 05 min"."""
+    whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.2f} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
 def short(value: float) -> str:
     """Three significant digits, thousands with commas, never an exponent where four zeros do."""
     if value == 0:
@@ -115,7 +153,7 @@ class _Frame:
     def around(cls, x0: float, x1: float, low: float, high: float) -> "_Frame":
         if high - low < 1e-12 * max(1.0, abs(high)):
             low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
-        step = _round_step((high - low) / 4)
+        step = _round_step((high - low) / 3.5)
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
         return cls(x0, x1 if x1 > x0 else x0 + 1, low, high, step)
 
@@ -123,6 +161,7 @@ class _Frame:
         return _LEFT + (value - self.x0) / (self.x1 - self.x0) * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
+        value = min(value, self.y1)
         return _HEIGHT - _BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (_HEIGHT - _TOP - _BOTTOM)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
@@ -145,11 +184,11 @@ def _axes(frame: _Frame) -> str:
             f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">'
             f"{_tick(value, frame.step)}</text>"
         )
-    step = max(1.0, _round_step((frame.x1 - frame.x0) / 5))
+    step = max(1.0, _round_step((frame.x1 - frame.x0) / 4))
     first = math.ceil(frame.x0 / step)
     for n in itertools.takewhile(lambda n: n * step <= frame.x1, itertools.count(first)):
         x = frame.x(n * step)
-        anchor = "end" if x > _WIDTH - _RIGHT - 12 else "middle"
+        anchor = "start" if x < _LEFT + 12 else "end" if x > _WIDTH - _RIGHT - 12 else "middle"
         parts.append(
             f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">'
             f"{_tick(n * step, step)}</text>"

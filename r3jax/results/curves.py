@@ -1,5 +1,6 @@
 """The charts of a report's sections, made from the lines of ``metrics.jsonl``."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ class _Plot:
     top: float | None = None
     band: tuple[str, str] | None = None  # keys of the low and high ends around the first curve
     stacked: bool = False
+    cut: bool = False
 
 
 _TERMS = [
@@ -33,6 +35,7 @@ _TERMS = [
     _Plot("KL to the frozen start", {"loss/kl": "KL"}, "nats per token", zero=True),
     _Plot("Gradient norm", {"grad_norm": "norm"}, zero=True),
     _Plot("Learning rate", {"learning_rate": "rate"}, zero=True),
+    _Plot("Throughput", {"tokens_per_second": "rate"}, "tokens per second", zero=True),
 ]
 _REWARD = [
     _Plot(
@@ -102,26 +105,26 @@ _INDEX = [
         note="Stored vectors of the probe set against fresh ones.",
     ),
 ]
-_TIME = [
-    _Plot(
-        "Reinforcement step",
-        {
-            "time/rollout": "rollout",
-            "time/encode": "encode",
-            "time/search": "search",
-            "time/reward": "reward",
-            "time/update": "update",
-        },
-        "seconds",
-        stacked=True,
-    ),
-    _Plot("Supervised throughput", {"tokens_per_second": "throughput"}, "tokens per second", zero=True),
-]
+_TIME = _Plot(
+    "Time of a reinforcement step",
+    {
+        "time/rollout": "rollout",
+        "time/encode": "encode",
+        "time/search": "search",
+        "time/reward": "reward",
+        "time/update": "update",
+    },
+    "seconds",
+    "Peaks are cut at three times the median; a first step compiles.",
+    stacked=True,
+    cut=True,
+)
 _EVAL = _Plot(
     "nDCG@10 on the validation split",
     {"eval/ndcg@10/reasoning": "with reasoning", "eval/ndcg@10/direct": "direct"},
     zero=True,
 )
+_STAGES = {"sft": "supervised", "rl": "reinforcement", "evaluate": "evaluation"}
 
 
 def clean(lines: Iterable[Line]) -> list[Line]:
@@ -138,7 +141,12 @@ def learning(lines: Sequence[Line]) -> str:
     """nDCG by stage and the terms of the supervised loss."""
     first_rl = next((line["step"] for line in lines if line["stage"] == "rl"), None)
     sft = [line for line in lines if line["stage"] == "sft"]
-    return _grid([_draw(_EVAL, lines, first_rl), *(_draw(plot, sft) for plot in _TERMS)])
+    grid = _grid([_draw(_EVAL, lines, first_rl), *(_draw(plot, sft) for plot in _TERMS)])
+    note = (
+        '<p class="note">Over optimiser steps, counted through both stages. Where steps are drawn together, '
+        "the line is their mean and the band reaches from the least to the greatest.</p>"
+    )
+    return note + grid if grid else ""
 
 
 def reinforcement(lines: Sequence[Line]) -> str:
@@ -157,9 +165,22 @@ def index(lines: Sequence[Line]) -> str:
     return _grid([_draw(plot, _rl(lines)) for plot in _INDEX])
 
 
-def time(lines: Sequence[Line]) -> str:
-    """Where a step's time goes."""
-    return _grid([_draw(_TIME[0], _rl(lines)), _draw(_TIME[1], lines)])
+def time(lines: Sequence[Line], stage_seconds: Mapping[str, Any]) -> str:
+    """Where the time goes: within a reinforcement step, and over the stages of the run."""
+    rl = _rl(lines)
+    values = {
+        name: [v for line in rl if (v := number(line.get(key))) is not None]
+        for key, name in _TIME.keys.items()
+    }
+    step = [(name, statistics.median(seconds)) for name, seconds in values.items() if seconds]
+    stages = [(_STAGES.get(name, name), number(seconds) or 0.0) for name, seconds in stage_seconds.items()]
+    return _grid(
+        [
+            _draw(_TIME, rl),
+            charts.shares("A median reinforcement step", step),
+            charts.shares("The stages of the run", stages),
+        ]
+    )
 
 
 def _rl(lines: Sequence[Line]) -> list[Line]:
@@ -195,6 +216,7 @@ def _draw(plot: _Plot, lines: Sequence[Line], boundary: float | None = None) -> 
         stacked=plot.stacked,
         zero=plot.zero,
         top=plot.top,
+        cut=plot.cut,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from r3jax.errors import UserError
 from r3jax.results import curves, queries, table
+from r3jax.results.charts import duration
 from r3jax.results.table import MISSING, fixed, number, p_text, percent
 
 LABELS = {
@@ -60,7 +61,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         ("learning", "Learning", curves.learning(lines)),
         ("reinforcement", "Reinforcement", curves.reinforcement(lines)),
         ("index", "Index", curves.index(lines) + _refresh(results.get("refresh") or {})),
-        ("time", "Time", curves.time(lines) + _stages(results.get("stage_seconds") or {})),
+        ("time", "Time", curves.time(lines, results.get("stage_seconds") or {})),
         ("queries", "Queries", queries.cards(examples)),
     ]
     sections = [(anchor, name, body) for anchor, name, body in sections if body]
@@ -119,7 +120,7 @@ def _load_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 def _header(title: str, results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     facts = [str(results[key]) for key in ("device",) if results.get(key)]
     facts += [f"seed {results['seed']}"] if results.get("seed") is not None else []
-    facts += [f"{_duration(results['seconds'])} in all"] if number(results.get("seconds")) else []
+    facts += [f"{duration(results['seconds'])} in all"] if number(results.get("seconds")) else []
     peak = number(results.get("peak_rss_bytes"))
     facts += [f"peak memory {peak / 2**30:.1f} GiB"] if peak else []
     line = "".join(f"<span>{html.escape(fact)}</span>" for fact in facts)
@@ -208,7 +209,8 @@ def _split(results: Mapping[str, Any], split: str, conditions: Mapping[str, Mapp
         hint = f' <small class="soft">{silent:,.0f} unanswered</small>' if silent else ""
         row = f'<th scope="row">{html.escape(LABELS.get(name, name))}{hint}</th>'
         for i, (text, best) in enumerate(cells[1:]):
-            row += f'<td class="{"best" if best else ""}">{bar if i == 0 else ""}{html.escape(text)}</td>'
+            cell = f"{bar}<span>{html.escape(text)}</span>" if i == 0 else html.escape(text)
+            row += f'<td class="{"best" if best else ""}">{cell}</td>'
         body.append(f'<tr class="{" ".join(classes)}">{row}</tr>')
     head = "".join(f'<th scope="col">{h}</th>' for h in heads)
     return (
@@ -247,22 +249,6 @@ def _refresh(refresh: Mapping[str, Any]) -> str:
     )
 
 
-def _stages(seconds: Mapping[str, Any]) -> str:
-    """A bar of the stages' shares of the whole time, and their durations."""
-    known = [(name, s) for name, value in seconds.items() if (s := number(value)) is not None and s > 0]
-    if not known:
-        return ""
-    parts = "".join(f'<i class="s{i % 6}" style="flex:{s:.1f}"></i>' for i, (_, s) in enumerate(known))
-    legend = "".join(
-        f'<li><i class="key s{i % 6}"></i>{html.escape(name)} <b>{_duration(s)}</b></li>'
-        for i, (name, s) in enumerate(known)
-    )
-    return (
-        '<h3 class="split">Where the time of the run went</h3>'
-        f'<div class="split-bar" aria-hidden="true">{parts}</div><ul class="legend">{legend}</ul>'
-    )
-
-
 def _figures(entries: Sequence[tuple[str, str | None]]) -> str:
     shown = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
@@ -274,13 +260,3 @@ def _figures(entries: Sequence[tuple[str, str | None]]) -> str:
 
 def _known(text: str) -> str | None:
     return None if text == MISSING else text
-
-
-def _duration(seconds: float) -> str:
-    """ "42 s", "17 min 23 s", "3 h 05 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -30,6 +30,7 @@ def show(results: Mapping[str, Any], file: TextIO | None = None) -> None:
             title_style="bold",
             title_justify="left",
             box=box.SIMPLE_HEAD,
+            pad_edge=False,
         )
         for i, heading in enumerate(headings()):
             table.add_column(heading, justify="right" if i else "left", no_wrap=True)
