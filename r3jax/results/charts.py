@@ -90,7 +90,7 @@ def chart(
     return (
         f'<figure class="chart" data-frame="{frame.x0:g} {frame.x1:g} {_LEFT} {_WIDTH - _RIGHT} {_WIDTH}" '
         f'data-values="{values}"><figcaption><h3>{heading}</h3>{caption}<ul class="legend">{legend}'
-        f'<li class="at"></li></ul></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'</ul></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{html.escape(title)}">{"".join(shapes)}</svg></figure>'
     )
 
