@@ -180,7 +180,14 @@ def good(tmp_path):
     optimiser = {"steps": 3, "learning_rate": 1e-3, "warmup": 0, "weight_decay": 0.0, "clip_norm": 1.0}
     reward = {"k": 10, "retrieval": 1.0, "format": 0.1, "length": 0.1, "min_tokens": 4, "max_tokens": 16}
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24, "group_size": 8}
-    policy = {"prompts": 4, "clip_low": 0.2, "clip_high": 0.3, "kl_weight": 0.0, "contrastive_weight": 0.1}
+    kinds = {"advantage": "grpo", "ratio": "token", "normalise": "token", "kl": "k3"}
+    policy = kinds | {
+        "prompts": 4,
+        "clip_low": 0.2,
+        "clip_high": 0.3,
+        "kl_weight": 0.0,
+        "contrastive_weight": 0.1,
+    }
     return ConfigDict(
         {
             "name": "good",
@@ -194,7 +201,15 @@ def good(tmp_path):
             | weights
             | {"batch_size": 4, "temperature": 0.05, "margin": 0.2, "corrupt_thoughts": 0.5},
             "rl": optimiser | sampling | policy | {"reward": reward},
-            "index": {"budget": 0.1, "rebuild_below": 0.9, "max_age": 5, "probes": 8, "over_retrieve": 50},
+            "index": {
+                "kind": "exact",
+                "policy": "boundary",
+                "budget": 0.1,
+                "rebuild_below": 0.9,
+                "max_age": 5,
+                "probes": 8,
+                "over_retrieve": 50,
+            },
             "checkpoint": {"every": 10, "keep": 2},
             "log": {"every": 1, "samples_every": 10},
             "evaluate": {"every": 0},
@@ -237,6 +252,10 @@ IMPOSSIBLE = [
     ("rl.group_size", 1, "config.rl.group_size must be at least 2, for an advantage"),
     ("rl.top_p", 0.9, "config.rl.top_p must be 1, for truncated sampling biases the policy ratio"),
     ("rl.top_k", 50, "config.rl.top_k must be 0, for truncated sampling biases the policy ratio"),
+    ("rl.advantage", "gpro", "config.rl.advantage must be one of grpo, dr_grpo, rloo, not 'gpro'"),
+    ("rl.kl", "k1", "config.rl.kl must be one of none, k2, k3, not 'k1'"),
+    ("index.policy", "oldest", "config.index.policy must be one of none, round_robin,"),
+    ("index.kind", "hnsw", "config.index.kind must be one of exact, scann, not 'hnsw'"),
     ("rl.reward.min_tokens", 20, "(20) must not exceed rl.reward.max_tokens (16)"),
     ("rl.max_new_tokens", 8, "(16) must not exceed rl.max_new_tokens (8)"),
     ("index.budget", 1.5, "config.index.budget must be between 0 and 1, not 1.5"),

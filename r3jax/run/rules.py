@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from r3jax.errors import UserError
+from r3jax.rl.algorithms import ADVANTAGES, KLS, NORMALISERS, RATIOS
+from r3jax.search.index import KINDS
+from r3jax.search.refresh import POLICIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,10 @@ RULES: list[Rule] = [
     Rule(
         ("rl.top_k",), lambda v: v == 0, "must be 0, for truncated sampling biases the policy ratio, not {0}"
     ),
+    *one_of("rl.advantage", *ADVANTAGES),
+    *one_of("rl.ratio", *RATIOS),
+    *one_of("rl.normalise", *NORMALISERS),
+    *one_of("rl.kl", *KLS),
     *above(0, "rl.clip_low", "rl.clip_high"),
     Rule(("rl.clip_low",), lambda v: v < 1, "must be below 1, not {0}"),
     *at_least(0, "rl.kl_weight", "rl.contrastive_weight"),
@@ -162,6 +169,8 @@ RULES: list[Rule] = [
         "({0}) must not exceed rl.max_new_tokens ({1})",
     ),
     # index
+    *one_of("index.kind", *KINDS),
+    *one_of("index.policy", *POLICIES),
     *between(0, 1, "index.budget", "index.rebuild_below"),
     *at_least(0, "index.max_age", "index.probes"),
     *at_least(1, "index.over_retrieve"),
