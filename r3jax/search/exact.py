@@ -41,6 +41,8 @@ class ExactBackend:
     def __init__(self, vectors: np.ndarray):
         self._vectors = vectors
         self._chunks = None
+        # One device of this process: a caller's mesh would repeat the search on each of its devices.
+        self._mesh = jax.make_mesh((1,), ("search",), devices=jax.local_devices()[:1])
 
     def upsert(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """The index has written `vectors` to `rows` of the array given at construction."""
@@ -48,17 +50,25 @@ class ExactBackend:
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best rows [Q, k] int32 and scores [Q, k] float32, descending, ties to the lower row."""
+        with jax.set_mesh(self._mesh):
+            parts = [
+                self._search_block(queries[start : start + QUERIES], k)
+                for start in range(0, len(queries), QUERIES)
+            ]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def _search_block(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """`search` for at most QUERIES queries."""
         size, width = self._vectors.shape
         if self._chunks is None:
             chunk = min(CHUNK, size)
             padded = np.zeros((-(-size // chunk) * chunk, width), np.float32)
             padded[:size] = self._vectors  # a copy: device arrays on CPU may alias the host's memory
-            self._chunks = jax.device_put(padded.reshape(-1, chunk, width))
-        parts = []
-        for start in range(0, len(queries), QUERIES):
-            part = queries[start : start + QUERIES]
-            block = np.zeros((QUERIES, width), np.float32)
-            block[: len(part)] = part
-            rows, scores = jax.device_get(_top_k(jax.device_put(block), self._chunks, k=k, size=size))
-            parts.append((rows[: len(part)], scores[: len(part)]))
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+            self._chunks = self._put(padded.reshape(-1, chunk, width))
+        block = np.zeros((QUERIES, width), np.float32)
+        block[: len(queries)] = queries
+        rows, scores = jax.device_get(_top_k(self._put(block), self._chunks, k=k, size=size))
+        return rows[: len(queries)], scores[: len(queries)]
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, jax.NamedSharding(self._mesh, jax.P()))

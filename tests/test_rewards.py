@@ -1,0 +1,154 @@
+"""Rewards: small cases by hand, a plain-loop reference on random ones, and the inputs that are refused."""
+
+import math
+
+import numpy as np
+import pytest
+
+from r3jax.rl.rewards import (
+    REWARDS,
+    combine,
+    dcg_scaled,
+    format_term,
+    length_term,
+    log_rank,
+    margin,
+    mrr,
+    ndcg,
+)
+
+# Two rollouts of one query each; document 7 is relevant to the first, 2 and 9 to the second.
+CASE = {
+    "rows": np.array([[5, 7, 1, 0], [2, 3, 9, 4]]),
+    "scores": np.array([[0.9, 0.8, 0.4, 0.1], [0.6, 0.5, -0.2, -0.3]]),
+    "relevant": np.array([[7, -1], [2, 9]]),
+    "positive_scores": np.array([[0.8, np.nan], [0.6, -0.2]]),
+}
+
+
+def call(reward, k=3, size=100, **changes):
+    return reward(**(CASE | changes), k=k, size=size, **({"ranks": [2, 1]} if reward is log_rank else {}))
+
+
+def test_dcg_scaled_by_hand():
+    ideal = 1 + 1 / math.log2(3)
+    np.testing.assert_allclose(call(dcg_scaled), [0.8 / math.log2(3), (0.6 + 0.0) / ideal])
+    np.testing.assert_allclose(call(dcg_scaled, k=1), [0.0, 0.6])  # one place, so the ideal has one document
+    graded = call(dcg_scaled, gains=np.array([[2, 5], [1, 3]]))
+    np.testing.assert_allclose(graded, [0.8 / math.log2(3), 0.6 / (3 + 1 / math.log2(3))])
+
+
+def test_the_other_rewards_by_hand():
+    ideal = 1 + 1 / math.log2(3)
+    np.testing.assert_allclose(call(ndcg), [1 / math.log2(3), (1 + 0.5) / ideal])
+    np.testing.assert_allclose(call(mrr), [0.5, 1.0])
+    np.testing.assert_allclose(call(mrr, k=1), [0.0, 1.0])
+    np.testing.assert_allclose(call(log_rank), [1 - math.log(2) / math.log(100), 1.0])
+    np.testing.assert_allclose(call(margin), [0.8 - 0.9, 0.6 - 0.5])
+    assert log_rank(**CASE, k=3, size=100, ranks=[100, 1])[0] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_margin_looks_beyond_k_and_at_positives_outside_the_candidates():
+    changes = {"relevant": np.array([[7, -1], [50, -1]]), "positive_scores": np.array([[0.8, 0], [-0.5, 0]])}
+    np.testing.assert_allclose(call(margin, k=1, **changes), [0.8 - 0.9, -0.5 - 0.6])
+
+
+def reference(name, rows, scores, relevant, positive_scores, gains, k):
+    gain = {d: g for d, g in zip(relevant, gains, strict=True) if d >= 0}
+    if not gain:
+        return 0.0
+    place = {d: i + 1 for i, d in enumerate(rows[:k])}
+    score = dict(zip(rows, scores, strict=True))
+    if name == "mrr":
+        return max((1 / place[d] for d in gain if d in place), default=0.0)
+    if name == "margin":
+        best = max(s for d, s in zip(relevant, positive_scores, strict=True) if d >= 0)
+        return best - max(score[d] for d in rows if d not in gain)
+    closeness = {d: max(score[d], 0) if name == "dcg_scaled" else 1.0 for d in rows}
+    found = sum(g * closeness[d] / math.log2(place[d] + 1) for d, g in gain.items() if d in place)
+    ideal = sum(g / math.log2(i + 2) for i, g in enumerate(sorted(gain.values(), reverse=True)[:k]))
+    return found / ideal if ideal else 0.0
+
+
+@pytest.mark.parametrize("name", ["dcg_scaled", "ndcg", "mrr", "margin"])
+def test_rewards_equal_a_plain_loop(name):
+    rng = np.random.default_rng(0)
+    rollouts, candidates, positives, documents, k = 60, 12, 4, 40, 5
+    rows = np.argsort(rng.random((rollouts, documents)), axis=1)
+    vectors = -np.sort(-rng.uniform(-1, 1, (rollouts, documents)), axis=1)
+    relevant = np.argsort(rng.random((rollouts, documents)), axis=1)[:, :positives]
+    places = np.take_along_axis(np.argsort(rows, axis=1), relevant, axis=1)
+    positive_scores = np.take_along_axis(vectors, places, axis=1)
+    relevant[rng.random(relevant.shape) < 0.4] = -1
+    gains = rng.integers(0, 4, relevant.shape).astype(float)
+    if name in ("mrr", "margin"):
+        gains[:] = 1
+    rows, vectors = rows[:, :candidates], vectors[:, :candidates]
+    got = REWARDS[name](rows, vectors, relevant, positive_scores, k=k, size=documents, gains=gains)
+    inputs = zip(rows, vectors, relevant, positive_scores, gains, strict=True)
+    want = [reference(name, *(x.tolist() for x in row), k) for row in inputs]
+    np.testing.assert_allclose(got, want, atol=1e-12)
+    assert got.std() > 0.05 and (relevant == -1).all(axis=1).any()
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_no_token_no_reward_whatever_stands_in_the_arrays(name):
+    scores = CASE["scores"].copy()
+    scores[1] = np.nan
+    extra = {"ranks": [2, 0]} if name == "log_rank" else {}
+    got = REWARDS[name](
+        **(CASE | {"scores": scores}), k=3, size=100, emitted=np.array([True, False]), **extra
+    )
+    assert got[1] == 0.0 and got[0] == call(REWARDS[name])[0]
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_non_finite_numbers_name_the_rollout(name):
+    for field in ("scores", "positive_scores"):
+        for value in (np.nan, np.inf):
+            array = CASE[field].copy()
+            array[1, 0] = value
+            with pytest.raises(ValueError, match=f"^{field} .*rollout 1"):
+                call(REWARDS[name], **{field: array})
+
+
+def test_mistakes_name_the_argument():
+    for changes, message in [
+        ({"k": 5}, "k must"),
+        ({"k": 0}, "k must"),
+        ({"scores": CASE["scores"][:, :2]}, "scores"),
+        ({"relevant": CASE["relevant"][:1]}, "relevant"),
+        ({"gains": np.ones((2, 1))}, "gains"),
+        ({"gains": -np.ones((2, 2))}, "gains"),
+        ({"emitted": [True]}, "emitted"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call(dcg_scaled, **changes)
+    with pytest.raises(ValueError, match="ranks are needed"):
+        log_rank(**CASE, k=3, size=100)
+    with pytest.raises(ValueError, match="rollout 1 has 101"):
+        log_rank(**CASE, k=3, size=100, ranks=[1, 101])
+    with pytest.raises(ValueError, match="size"):
+        log_rank(**CASE, k=3, size=1, ranks=[1, 1])
+
+
+def test_format_and_length_terms():
+    assert format_term([True, False]).tolist() == [1.0, 0.0]
+    got = length_term([0, 2, 4, 10, 15, 20, 99], minimum=4, maximum=10)
+    np.testing.assert_allclose(got, [0, 0.5, 1, 1, 0.5, 0, 0])
+    assert length_term([0, 3], minimum=0, maximum=3).tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="minimum and maximum"):
+        length_term([1], minimum=5, maximum=4)
+    with pytest.raises(ValueError, match="lengths"):
+        length_term([-1], minimum=1, maximum=4)
+
+
+def test_combine():
+    terms = {"retrieval": np.array([0.5, 1.0]), "format": np.array([1.0, 0.0])}
+    np.testing.assert_allclose(combine(terms, {"retrieval": 1.0, "format": 0.5}), [1.0, 1.0])
+    with pytest.raises(ValueError, match="length"):
+        combine(terms, {"retrieval": 1.0, "format": 0.5, "length": 0.2})
+    with pytest.raises(ValueError, match="format"):
+        combine(terms, {"retrieval": 1.0})
+    with pytest.raises(ValueError, match="rollout 1"):
+        combine({"retrieval": np.array([0.0, np.nan])}, {"retrieval": 1.0})
