@@ -32,6 +32,7 @@ def write_run(path: str | os.PathLike, run: Run, tag: str) -> pathlib.Path:
             lines.append(f"{query_id} Q0 {doc_id} {position} {float(scored[doc_id])!r} {tag}\n")
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text("".join(lines), encoding="utf-8", newline="\n")
         os.replace(draft, path)
     finally:

@@ -1,5 +1,6 @@
 """Parameters: init in their sharded place, and the one regex table to and from Hugging Face names."""
 
+import pathlib
 import re
 
 import flax.traverse_util
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from safetensors.numpy import load_file
 
 from r3jax.errors import UserError
 from r3jax.model.qwen2 import ModelConfig, parameter_table
@@ -176,3 +178,24 @@ def to_hugging_face(params, config: ModelConfig) -> dict[str, np.ndarray]:
         else:
             tensors[pattern.replace("\\", "")] = np.ascontiguousarray(to_theirs(flat[name], config))
     return tensors
+
+
+def load_hugging_face(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh, embed_token: int):
+    """Parameters from the safetensors files of a local Qwen-2.5 folder, placed on the mesh.
+
+    The row of `embed_token` becomes the mean of the rows if the checkpoint's is all zero. Raises UserError for a
+    folder without safetensors or a tensor that does not fit.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"config.init_from: {folder} holds neither checkpoints/ (a run) nor *.safetensors (Hugging Face)."
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        tensors |= load_file(file)
+    tree = from_hugging_face(tensors, config)
+    for name in ("embed", "unembed"):
+        if name in tree and not tree[name]["table"][embed_token].any():
+            tree[name]["table"][embed_token] = tree[name]["table"].mean(0)
+    return jax.device_put(tree, shardings(config, mesh))

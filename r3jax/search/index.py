@@ -143,8 +143,8 @@ class VersionedIndex:
     def state(self) -> dict[str, np.ndarray]:
         """Everything needed to go on, as numpy arrays without pickle: vectors, versions, settings, tree.
 
-        `tree` (uint8) is empty for brute force and exact search; for a tree it holds the trained parts,
-        because a tree that lived through upserts differs from one trained on the same vectors. Taking the
+        `tree` (uint8) is one 0 for brute force and exact search (checkpoints cannot hold empty arrays); for a
+        tree it is a 1 and the trained parts, because a tree that lived through upserts differs from one trained on the same vectors. Taking the
         state makes the index itself go on from the saved copy, so that it and its restored twin answer
         alike, bit for bit.
         """
@@ -154,7 +154,7 @@ class VersionedIndex:
             "vectors": self._vectors.copy(),
             "versions": self._versions.copy(),
             "settings": settings,
-            "tree": assets,
+            "tree": np.concatenate([np.array([len(assets) > 0], np.uint8), assets]),
         }
 
     @classmethod
@@ -170,7 +170,7 @@ class VersionedIndex:
         if versions.shape != (len(vectors),):
             raise ValueError(f"state['versions'] has shape {versions.shape} for {len(vectors)} vectors")
         kind, tree_above, leaves = (int(x) for x in state["settings"])
-        return cls(vectors, versions, KINDS[kind], tree_above, leaves, np.asarray(state["tree"], np.uint8))
+        return cls(vectors, versions, KINDS[kind], tree_above, leaves, np.asarray(state["tree"], np.uint8)[1:])
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

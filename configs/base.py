@@ -1,0 +1,78 @@
+"""What every config shares: sizes, data, tokenizer, prompts, mesh, state and evaluation."""
+
+from ml_collections import ConfigDict
+
+from r3jax.run.config import choose
+from r3jax.text.prompts import Prompts
+
+# layers, width, heads, kv heads, head dim, ffn, vocabulary rows, tied: Qwen-2.5's published sizes.
+QWEN2_5 = {
+    "qwen2_5_0_5b": (24, 896, 14, 2, 64, 4864, 151936, True),
+    "qwen2_5_1_5b": (28, 1536, 12, 2, 128, 8960, 151936, True),
+    "qwen2_5_3b": (36, 2048, 16, 2, 128, 11008, 151936, True),
+    "qwen2_5_7b": (28, 3584, 28, 4, 128, 18944, 152064, False),
+    "qwen2_5_14b": (48, 5120, 40, 8, 128, 13824, 152064, False),
+    "qwen2_5_32b": (64, 5120, 40, 8, 128, 27648, 152064, False),
+    "qwen2_5_72b": (80, 8192, 64, 8, 128, 29568, 152064, False),
+}
+TINY = (2, 128, 4, 2, 32, 512, 4096, True)
+SIZES = {"tiny": TINY} | QWEN2_5
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """The shared part for a size: `tiny` trains from scratch on two CPU cores, the others start from a checkpoint."""
+    layers, width, heads, kv_heads, head_dim, ffn, vocab, tied = choose(arg, SIZES)
+    tiny = arg == "tiny"
+    prompts = Prompts(direct_system="embed", direct_assistant="", reasoning_system="think") if tiny else Prompts()
+    return ConfigDict(
+        {
+            "name": arg,
+            "seed": 0,
+            # A run of ours (its folder) or a local Hugging Face folder; "" starts from random weights.
+            "init_from": "",
+            "xla_cache": ".cache/xla",  # compiled programs, kept between runs
+            "data": {
+                "path": "data/tldr-commands",
+                "on_error": "strict",  # or "skip": drop bad lines and say how many
+                "train_split": "train",
+                "validation_split": "validation",
+                "eval_splits": ("seen", "unseen"),
+                "max_query_tokens": 24 if tiny else 64,
+                "max_doc_tokens": 24 if tiny else 256,
+                "max_thought_tokens": 15 if tiny else 255,
+                # Terms per thought that are written from relevant documents where the data set brings no
+                # thoughts.jsonl; 0 writes none (an Instruct checkpoint needs none).
+                "thought_terms": 3 if tiny else 0,
+                "hard_negatives": False,  # one BM25 neighbour of the positive document per query
+                "workers": 0,
+                "cache": ".cache/data",
+            },
+            # A folder with tokenizer.json; "" takes that of init_from, or trains a BPE on the training texts.
+            "tokenizer": {"path": "", "vocab_size": 4096 if tiny else 151666},
+            "prompts": {
+                "direct_system": prompts.direct_system,
+                "direct_assistant": prompts.direct_assistant,
+                "reasoning_system": prompts.reasoning_system,
+            },
+            "model": {
+                "layers": layers,
+                "width": width,
+                "heads": heads,
+                "kv_heads": kv_heads,
+                "head_dim": head_dim,
+                "ffn": ffn,
+                "vocab": vocab,
+                "rope_theta": 1e6,
+                "norm_eps": 1e-6,
+                "tied": tied,
+                "compute_dtype": "float32" if tiny else "bfloat16",
+                "param_dtype": "float32",
+                # On two cores recomputing a layer is quicker than writing its activations to memory.
+                "remat": "full",
+            },
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "checkpoint": {"every": 50, "keep": 2},
+            "log": {"every": 5, "samples_every": 20},
+            "evaluate": {"every": 100, "batch_size": 256 if tiny else 32},
+        }
+    )

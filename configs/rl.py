@@ -1,0 +1,62 @@
+"""Both stages: python -m r3jax.train --config=configs/rl.py[:SIZE]. With --config.init_from=RUN stage 1 is skipped."""
+
+from ml_collections import ConfigDict
+
+from configs import sft
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """Supervised stage, then GRPO with a retrieval reward, for a size of `configs/base.py`."""
+    tiny = arg == "tiny"
+    config = sft.get_config(arg)
+    config.name = f"rl-{arg}"
+    config.rl = ConfigDict(
+        {
+            "steps": 60 if tiny else 500,
+            "prompts": 48 if tiny else 64,
+            "group_size": 8,
+            "chunks": 1 if tiny else 16,
+            "max_new_tokens": 16 if tiny else 256,
+            # Sampling must be plain: truncation (top_p, top_k) biases the ratio and is refused.
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "learning_rate": 3e-4 if tiny else 1e-6,
+            "warmup": 5,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+            "advantage": "grpo",
+            "normalise": "token",
+            "ratio": "token",
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "kl": "k3",
+            "kl_weight": 0.01,
+            "contrastive_weight": 0.1,
+            "contrastive_temperature": 0.05,
+            "probe_every": 20,  # steps between comparisons with a fully re-encoded corpus; 0 for none
+            "reward": {
+                "name": "dcg_scaled",
+                "k": 10,
+                "retrieval": 1.0,
+                "format": 0.1,
+                "length": 0.1,
+                # A thought of fewer tokens loses its length term: silence must not pay.
+                "min_tokens": 4,
+                "max_tokens": 15 if tiny else 200,
+            },
+        }
+    )
+    config.index = ConfigDict(
+        {
+            "kind": "scann",
+            "policy": "hybrid",
+            "budget": 0.05,  # share of the corpus re-encoded per step, at most
+            "round_robin_share": 0.25,
+            "over_retrieve": 100,
+            "max_age": 0,  # steps; 0 for no bound
+            "probes": 64,
+            "rebuild_below": 0.9,
+        }
+    )
+    return config

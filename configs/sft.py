@@ -1,0 +1,33 @@
+"""Stage 1 alone: python -m r3jax.train --config=configs/sft.py[:SIZE]"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """The supervised stage for a size of `configs/base.py`."""
+    tiny = arg == "tiny"
+    config = base.get_config(arg)
+    config.name = f"sft-{arg}"
+    config.sft = ConfigDict(
+        {
+            "steps": 300 if tiny else 2000,
+            "batch_size": 256,
+            "chunks": 1 if tiny else 16,  # gradient caching: the same gradient in so many parts
+            "learning_rate": 2e-3 if tiny else 1e-5,
+            "warmup": 20 if tiny else 100,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            # A model from scratch has no general ability that a KL term could keep.
+            "ce_weight": 1.0,
+            "kl_weight": 0.0 if tiny else 0.1,
+            "infonce_weight": 1.0,
+            "triplet_weight": 0.1,
+            "temperature": 0.05,  # ours; the paper's values are not known
+            "margin": 0.2,  # ours
+            # Share of thoughts replaced by another query's: the vector must not trust every thought.
+            "corrupt_thoughts": 0.3 if tiny else 0.0,
+        }
+    )
+    return config

@@ -1,0 +1,282 @@
+"""From a config to the parts of a run: mesh, data, tokenizer, weights, stages. Only entry points use it."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from r3jax.data import beir, store, thoughts
+from r3jax.errors import UserError
+from r3jax.model import params as model_params
+from r3jax.model.encoder import encode_rows
+from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.sharding import make_mesh
+from r3jax.results.conditions import Reader
+from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
+from r3jax.run import config as run_config
+from r3jax.run.checkpoint import Checkpointer
+from r3jax.search.index import VersionedIndex
+from r3jax.stages import rl, sft
+from r3jax.stages.mining import bm25_neighbours
+from r3jax.stages.state import Stage, TrainState, abstract_state, new_state, optimiser
+from r3jax.text import tokenizer as tokenizers
+from r3jax.text.prompts import ChatFormat, Prompts
+
+BEST_KEY = "ndcg@10/reasoning"  # on the validation split
+# What may differ between the command that began a run and the one that goes on with it.
+FREE = ("name", "log", "checkpoint", "init_from")
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Saves the config beside a new run; refuses a folder that holds a run with another one."""
+    path = workdir / run_config.SAVED_NAME
+    if path.exists():
+        old = dict(run_config.leaves(run_config.load_saved(path)))
+        new = dict(run_config.leaves(config))
+        for key in sorted(old.keys() | new.keys()):
+            if key.split(".")[0] not in FREE and old.get(key) != new.get(key):
+                raise UserError(
+                    f"--workdir: {workdir} holds a run with config.{key}={old.get(key)!r}, not {new.get(key)!r}; "
+                    "name another --workdir or remove that folder."
+                )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        run_config.save(config, path)
+    except OSError as e:
+        raise UserError(f"--workdir: cannot write to {workdir}: {e.strerror}; name another folder.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What every entry point needs of a run: data, tokenizer and model sizes, on a mesh."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    dataset: beir.Dataset
+    thoughts: dict[str, str]
+    chat: ChatFormat
+    model: ModelConfig
+
+    @functools.cached_property
+    def documents(self) -> list[list[int]]:
+        """Token rows of the corpus."""
+        return self.chat.documents(self.dataset.doc_texts, self.config.data.max_doc_tokens)
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        c = self.config
+        return Reader(
+            model=self.model,
+            mesh=self.mesh,
+            chat=self.chat,
+            max_query=c.data.max_query_tokens,
+            max_document=c.data.max_doc_tokens,
+            max_new=c.data.max_thought_tokens + 1,
+            batch_size=c.evaluate.batch_size,
+        )
+
+    @property
+    def lengths(self) -> sft.Lengths:
+        d = self.config.data
+        return sft.Lengths(d.max_query_tokens, d.max_doc_tokens, d.max_thought_tokens)
+
+    def encode_corpus(self, params) -> np.ndarray:
+        """Unit vectors [N, D] of the whole corpus under `params`."""
+        return encode_rows(
+            params, self.model, self.mesh, self.documents, batch_size=self.config.evaluate.batch_size
+        )
+
+    def initial_params(self):
+        """Random weights, or those that init_from names."""
+        source = self.config.init_from
+        if not source:
+            return model_params.init(self.model, self.mesh, self.config.seed, self.chat.tokenizer.embed_id)
+        folder = pathlib.Path(source)
+        if (folder / "checkpoints").is_dir():
+            return load_params(folder, self.model, self.mesh)
+        return model_params.load_hugging_face(folder, self.model, self.mesh, self.chat.tokenizer.embed_id)
+
+
+def parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh, data: str | None = None) -> Parts:
+    """Reads the data set and the tokenizer (built once, kept with the run), and fixes the model's sizes."""
+    d = config.data
+    dataset = beir.load(data or d.path, on_error=d.on_error)
+    tokenizer = _tokenizer(config, workdir, dataset)
+    chat = ChatFormat(tokenizer, Prompts(**config.prompts))
+    found = dataset.thoughts
+    if not found and d.thought_terms and not data:
+        found = thoughts.build(dataset, max_terms=d.thought_terms, split=d.train_split)
+        thoughts.write(found, workdir / "thoughts.jsonl")
+    return Parts(config, workdir, mesh, dataset, found, chat, _model_config(config, tokenizer))
+
+
+def mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    m = config.mesh
+    return make_mesh(m.data, m.fsdp, m.tensor)
+
+
+def load_params(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, stage: str | None = None):
+    """The best (by validation) weights of a run's last stage, or of the stage named."""
+    names = [stage] if stage else ["rl", "sft"]
+    for name in names:
+        folder = run / "checkpoints" / name
+        if folder.is_dir():
+            checkpointer = Checkpointer(folder, keep_last=1, best_key=BEST_KEY, read_only=True)
+            step = checkpointer.best() or checkpointer.latest()
+            if step is not None:
+                target = {"params": model_params.abstract(model, mesh)}
+                state, _ = checkpointer.restore(step, {"train": target}, partial=True)
+                checkpointer.close()
+                return state["train"]["params"]
+            checkpointer.close()
+    raise UserError(f"{run} holds no checkpoint of {' or '.join(names)}; train it first or name another run.")
+
+
+def make_stage(name: str, p: Parts, start) -> Stage:
+    """A stage of the config. `start` are the weights it begins with; None for one that will be resumed."""
+    return (_sft if name == "sft" else _rl)(p, start)
+
+
+def first_state(name: str, p: Parts, start) -> TrainState:
+    """A stage's TrainState at step 0."""
+    tx, keep = _optimiser(name, p.config)
+    return new_state(start, tx, p.mesh, keep)
+
+
+def abstract_stage_state(name: str, p: Parts) -> TrainState:
+    """Shapes and shardings of a stage's TrainState, to restore one into."""
+    tx, keep = _optimiser(name, p.config)
+    return abstract_state(model_params.abstract(p.model, p.mesh), tx, p.mesh, keep)
+
+
+def _optimiser(name: str, config: ConfigDict):
+    c = config[name]
+    tx = optimiser(
+        learning_rate=c.learning_rate,
+        warmup=c.warmup,
+        steps=c.steps,
+        weight_decay=c.weight_decay,
+        clip_norm=c.clip_norm,
+    )
+    return tx, c.kl_weight > 0
+
+
+def _source(p: Parts):
+    d = p.config.data
+    return store.training_source(p.dataset, d.train_split, pathlib.Path(d.cache), p.thoughts)
+
+
+def _sft(p: Parts, start) -> Stage:
+    c = p.config
+    source = _source(p)
+    tx, _ = _optimiser("sft", c)
+    negatives = bm25_neighbours(p.dataset, c.data.train_split) if c.data.hard_negatives else None
+    return sft.SFT(
+        source=source,
+        transform=sft.PairTransform(
+            source, p.dataset, p.chat, p.lengths, c.sft.corrupt_thoughts, negatives
+        ),
+        chat=p.chat,
+        model=p.model,
+        mesh=p.mesh,
+        tx=tx,
+        steps=c.sft.steps,
+        batch_size=c.sft.batch_size,
+        chunks=c.sft.chunks,
+        seed=c.seed,
+        workers=c.data.workers,
+        weights=sft.Weights(
+            c.sft.ce_weight, c.sft.kl_weight, c.sft.infonce_weight, c.sft.triplet_weight
+        ),
+        temperature=c.sft.temperature,
+        margin=c.sft.margin,
+    )
+
+
+def _rl(p: Parts, start) -> Stage:
+    c, r = p.config, p.config.rl
+    tx, _ = _optimiser("rl", c)
+    reward = RewardConfig(
+        r.reward.name,
+        r.reward.k,
+        {name: r.reward[name] for name in ("retrieval", "format", "length")},
+        r.reward.min_tokens,
+        r.reward.max_tokens,
+    )
+    size = len(p.documents)
+    refresh = RefreshConfig(
+        policy=c.index.policy,
+        budget=int(c.index.budget * size),
+        over_retrieve=c.index.over_retrieve,
+        max_age=c.index.max_age or None,
+        share=c.index.round_robin_share,
+        rebuild_below=c.index.rebuild_below,
+    )
+    if start is not None:
+        vectors = p.encode_corpus(start)
+    else:  # a stand-in: the checkpoint brings the index
+        vectors = np.zeros((size, p.model.width), np.float32)
+        vectors[:, 0] = 1
+    index = VersionedIndex.build(vectors, 0, c.index.kind if start is not None else "exact")
+    return rl.RL(
+        source=_source(p),
+        queries=p.dataset.query_texts,
+        documents=p.documents,
+        chat=p.chat,
+        lengths=p.lengths,
+        environment=Environment(index, reward, refresh, probes=c.index.probes, seed=c.seed),
+        model=p.model,
+        mesh=p.mesh,
+        tx=tx,
+        steps=r.steps,
+        prompts=r.prompts,
+        group=r.group_size,
+        chunks=r.chunks,
+        encode_batch=c.evaluate.batch_size,
+        probe_every=r.probe_every,
+        seed=c.seed + 1,  # another order and other noise than stage 1
+        policy=rl.PolicyConfig(
+            advantage=r.advantage,
+            normalise=r.normalise,
+            ratio=r.ratio,
+            clip_low=r.clip_low,
+            clip_high=r.clip_high,
+            kl=r.kl,
+            kl_weight=r.kl_weight,
+            contrastive_weight=r.contrastive_weight,
+            contrastive_temperature=r.contrastive_temperature,
+            temperature=r.temperature,
+            max_new=r.max_new_tokens,
+        ),
+    )
+
+
+def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset):
+    kept = workdir / "tokenizer"
+    if (kept / "tokenizer.json").is_file():
+        return tokenizers.load(kept)
+    source = config.tokenizer.path or config.init_from
+    if source:
+        inside = pathlib.Path(source) / "tokenizer"  # a run of ours keeps it there
+        tokenizer = tokenizers.load(inside if inside.is_dir() else source)
+    else:
+        rows = [dataset.query_row[q] for q in dataset.positives(config.data.train_split)]
+        texts = [dataset.query_texts[r] for r in rows] + dataset.doc_texts
+        # The prompts are read with every text: count them as often, so that their words become one token each.
+        words = [config.prompts.direct_system, config.prompts.reasoning_system]
+        tokenizer = tokenizers.train_bpe(texts + words * (len(texts) // 10), config.tokenizer.vocab_size)
+    tokenizer.save(kept)
+    return tokenizer
+
+
+def _model_config(config: ConfigDict, tokenizer) -> ModelConfig:
+    model = ModelConfig(**config.model)
+    if tokenizer.size > model.vocab:
+        raise UserError(
+            f"config.model.vocab={model.vocab} is smaller than the tokenizer's {tokenizer.size} ids; raise it."
+        )
+    return model

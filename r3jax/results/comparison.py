@@ -1,0 +1,93 @@
+"""The comparison that a run ends with: every model under every condition, on every held-out split."""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from r3jax.data.beir import Dataset
+from r3jax.evaluation.bm25 import BM25
+from r3jax.evaluation.significance import paired_randomisation
+from r3jax.evaluation.trec import write_run
+from r3jax.results.conditions import MODEL_CONDITIONS, Measured, Reader, bm25, evaluate, examples
+from r3jax.search.index import VersionedIndex
+
+METRIC = "ndcg@10"  # of the p-values
+EXAMPLES = 50
+# left > right, paired by query; "best trained" is whichever trained condition has the highest nDCG@10.
+QUESTIONS = (
+    ("rl_reasoning", "sft_reasoning"),
+    ("rl_reasoning", "rl_empty"),
+    ("rl_reasoning", "rl_shuffled"),
+    ("rl_reasoning", "rl_direct"),
+    ("rl_reasoning", "sft_direct"),
+    ("sft_reasoning", "sft_direct"),
+    ("best trained", "bm25"),
+)
+
+
+def compare(
+    dataset: Dataset,
+    splits: Sequence[str],
+    models: Iterable[tuple[str, Any]],
+    reader: Reader,
+    encode_corpus: Callable[[Any], np.ndarray],
+    workdir: pathlib.Path,
+) -> dict[str, Any]:
+    """The `splits` and `p_values` of results.json; writes TREC runs and the page's examples beside it.
+
+    models: (name, params) in order; one named "untrained" is measured in direct mode only, one named "" gives
+    conditions without a prefix. The last one's queries become the page's examples.
+    """
+    searcher = BM25(dataset.doc_ids, dataset.doc_texts)
+    found: dict[str, dict[str, Measured]] = {s: {"bm25": bm25(dataset, s, searcher)} for s in splits}
+    cards: list[dict] = []
+    for name, params in models:
+        index = VersionedIndex.build(encode_corpus(params), 0, "exact")
+        cards = []
+        for split in splits:
+            wanted = ("direct",) if name == "untrained" else MODEL_CONDITIONS
+            measured = evaluate(reader, params, dataset, split, index, wanted)
+            for condition, m in measured.items():
+                label = name if name == "untrained" else f"{name}_{condition}" if name else condition
+                found[split][label] = m
+            if "reasoning" in measured:
+                cards += examples(dataset, split, measured, EXAMPLES // len(splits))
+    for split, conditions in found.items():
+        for label, m in conditions.items():
+            write_run(workdir / "trec" / f"{split}.{label}.run", m.run, tag=f"r3jax-{label}")
+    (workdir / "examples.json").write_text(json.dumps(cards, indent=1, ensure_ascii=False))
+    return {
+        "splits": {s: {label: m.summary for label, m in c.items()} for s, c in found.items()},
+        "p_values": {s: p_values(c) for s, c in found.items()},
+    }
+
+
+def p_values(found: Mapping[str, Measured]) -> dict[str, float]:
+    """One-sided paired randomisation tests of the QUESTIONS that these conditions can answer."""
+    trained = [label for label in found if label.startswith(("sft_", "rl_"))]
+    best = max(trained, key=lambda label: found[label].summary[METRIC], default="")
+    answers = {}
+    for left, right in QUESTIONS:
+        a, b = (best if side == "best trained" else side for side in (left, right))
+        if a in found and b in found and a != b:
+            scores = [np.array(list(found[x].per_query[METRIC].values())) for x in (a, b)]
+            answers[f"{left} > {right}"] = paired_randomisation(*scores)
+    return answers
+
+
+def refresh_figures(metrics: pathlib.Path, policy: str) -> dict[str, Any]:
+    """How well the index followed, from metrics.jsonl: reward error on probe steps, share re-encoded."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    errors = [x["probe/reward_error"] for x in lines if x.get("probe/reward_error") is not None]
+    shares = [x["index/share"] for x in lines if x.get("index/share") is not None]
+    return {
+        "policy": policy,
+        "probe_steps": len(errors),
+        "mean_abs_reward_error": float(np.mean(errors)) if errors else None,
+        "max_abs_reward_error": float(np.max(errors)) if errors else None,
+        "mean_share_reencoded": float(np.mean(shares)) if shares else None,
+        "max_share_reencoded": float(np.max(shares)) if shares else None,
+    }

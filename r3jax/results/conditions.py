@@ -1,0 +1,218 @@
+"""A model under conditions: how well it retrieves without reasoning, with its own, with none, with another's.
+
+Conditions of one model: `direct` (fixed answer), `reasoning` (its own greedy thought), and the controls `empty`
+(the reasoning prompt, no thought) and `shuffled` (the thought it wrote for the next query).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from r3jax.data.beir import Dataset
+from r3jax.evaluation import metrics
+from r3jax.evaluation.bm25 import BM25
+from r3jax.model.encoder import bucket_of, encode_rows, pad
+from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.sampler import sample
+from r3jax.model.sharding import batch_parts, put_batch
+from r3jax.search.index import VersionedIndex
+from r3jax.text.prompts import ChatFormat
+
+DEPTH = 100  # documents returned per query
+MODEL_CONDITIONS = ("direct", "reasoning", "empty", "shuffled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How texts become vectors: the model without its weights."""
+
+    model: ModelConfig
+    mesh: jax.sharding.Mesh
+    chat: ChatFormat
+    max_query: int
+    max_document: int
+    max_new: int
+    batch_size: int
+
+    def documents(self, params, texts: Sequence[str], on_batch: Callable | None = None) -> np.ndarray:
+        """Unit vectors [N, D] of documents."""
+        return self._rows(params, self.chat.documents(texts, self.max_document), on_batch)
+
+    def direct(self, params, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors [Q, D] of queries read without reasoning."""
+        return self._rows(params, self.chat.direct_queries(texts, self.max_query))
+
+    def with_thoughts(self, params, texts: Sequence[str], thoughts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Unit vectors [Q, D] of queries followed by given thoughts (token ids)."""
+        prompts = self.chat.reasoning_prompts(texts, self.max_query)
+        end = [self.chat.tokenizer.embed_id]
+        return self._rows(params, [[*p, *t, *end] for p, t in zip(prompts, thoughts, strict=True)])
+
+    def reason(self, params, texts: Sequence[str]) -> "Reasoned":
+        """The model's own greedy thoughts and the vectors they end in."""
+        prompts = self.chat.reasoning_prompts(texts, self.max_query)
+        width = bucket_of(self.chat.reasoning_extra + self.max_query)
+        parts = batch_parts(self.mesh)
+        size = -(-self.batch_size // parts) * parts
+        tokenizer = self.chat.tokenizer
+        thoughts, vectors, emitted = [], [], []
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            tokens, lengths = pad(chunk, width, size)
+            ids = np.arange(size, dtype=np.int32)
+            done = jax.device_get(
+                sample(
+                    params,
+                    *put_batch(self.mesh, (tokens, lengths, ids)),
+                    jax.random.key(0),
+                    config=self.model,
+                    group=1,
+                    max_new=self.max_new,
+                    temperature=0.0,
+                    embed_id=tokenizer.embed_id,
+                    stop_ids=(tokenizer.im_end_id, tokenizer.pad_id),
+                )
+            )
+            for i in range(len(chunk)):
+                thoughts.append([int(t) for t in done.tokens[i, 0, : done.lengths[i, 0] - 1]])
+                vectors.append(done.embedding[i, 0])
+                emitted.append(bool(done.emitted[i, 0]))
+        stacked = np.stack(vectors)
+        stacked /= np.linalg.norm(stacked, axis=1, keepdims=True)
+        return Reasoned(thoughts, stacked, np.array(emitted))
+
+    def _rows(self, params, rows, on_batch=None) -> np.ndarray:
+        return encode_rows(
+            params, self.model, self.mesh, rows, batch_size=self.batch_size, on_batch=on_batch
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reasoned:
+    """Thoughts (token ids, without the embed token), vectors [Q, D], and whether the token came by itself."""
+
+    thoughts: list[list[int]]
+    vectors: np.ndarray
+    emitted: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One condition on one split."""
+
+    run: dict[str, dict[str, float]]  # query id -> document id -> score
+    per_query: dict[str, dict[str, float]]  # metric -> query id -> value
+    summary: dict[str, Any]  # as results.json holds it
+    thoughts: list[str] | None = None
+    emitted: np.ndarray | None = None
+
+
+def queries_of(dataset: Dataset, split: str) -> tuple[list[str], list[str]]:
+    """Ids and texts of a split's queries that have a relevant document."""
+    ids = list(dataset.positives(split))
+    return ids, [dataset.query_texts[dataset.query_row[q]] for q in ids]
+
+
+def bm25(dataset: Dataset, split: str, searcher: BM25 | None = None) -> Measured:
+    """The lexical baseline."""
+    ids, texts = queries_of(dataset, split)
+    searcher = searcher or BM25(dataset.doc_ids, dataset.doc_texts)
+    start = time.perf_counter()
+    rows, scores = searcher.search(texts, min(DEPTH, len(dataset.doc_ids)))
+    return _measure(dataset, split, ids, rows, scores, time.perf_counter() - start)
+
+
+def evaluate(
+    reader: Reader,
+    params,
+    dataset: Dataset,
+    split: str,
+    index: VersionedIndex,
+    conditions: Sequence[str] = MODEL_CONDITIONS,
+) -> dict[str, Measured]:
+    """The model's conditions on one split, searched exactly in `index` (this model's document vectors)."""
+    ids, texts = queries_of(dataset, split)
+    found, reasoned, thinking = {}, None, 0.0
+    if set(conditions) & {"reasoning", "shuffled"}:
+        start = time.perf_counter()
+        reasoned = reader.reason(params, texts)
+        thinking = time.perf_counter() - start
+    for name in conditions:
+        start = time.perf_counter()
+        seconds, thoughts = 0.0, None
+        if name == "direct":
+            vectors = reader.direct(params, texts)
+        elif name == "reasoning":
+            vectors, thoughts, seconds = reasoned.vectors, reasoned.thoughts, thinking
+        elif name == "empty":
+            vectors = reader.with_thoughts(params, texts, [[]] * len(texts))
+        elif name == "shuffled":
+            others = reasoned.thoughts[1:] + reasoned.thoughts[:1]
+            vectors = reader.with_thoughts(params, texts, others)
+        else:
+            raise ValueError(f"conditions must be among {', '.join(MODEL_CONDITIONS)}, not {name!r}")
+        rows, scores = index.search(vectors, min(DEPTH, len(index)))
+        seconds += time.perf_counter() - start
+        measured = _measure(dataset, split, ids, rows, scores, seconds)
+        if thoughts is not None:
+            measured.summary["thought_tokens"] = float(np.mean([len(t) for t in thoughts]))
+            measured.summary["token_rate"] = float(reasoned.emitted.mean())
+            decoded = [reader.chat.tokenizer.decode(t) for t in thoughts]
+            measured = dataclasses.replace(measured, thoughts=decoded, emitted=reasoned.emitted)
+        found[name] = measured
+    return found
+
+
+def examples(dataset: Dataset, split: str, found: dict[str, Measured], count: int, hits: int = 5) -> list[dict]:
+    """The first `count` queries with their thought, and the top hits with and without it: for the page."""
+    reasoned, direct = found["reasoning"], found["direct"]
+    cards = []
+    for i, query in enumerate(list(reasoned.run)[:count]):
+        relevant = {d for d, grade in dataset.qrels[split][query].items() if grade > 0}
+
+        def top(measured, query=query, relevant=relevant):
+            return [
+                {
+                    "doc_id": d,
+                    "text": dataset.doc_texts[dataset.doc_row[d]],
+                    "score": float(measured.run[query][d]),
+                    "relevant": d in relevant,
+                }
+                for d in metrics.rank(measured.run[query], hits)
+            ]
+
+        cards.append(
+            {
+                "split": split,
+                "query_id": query,
+                "query": dataset.query_texts[dataset.query_row[query]],
+                "thought": reasoned.thoughts[i],
+                "emitted": bool(reasoned.emitted[i]),
+                "relevant": [
+                    {"doc_id": d, "text": dataset.doc_texts[dataset.doc_row[d]]} for d in sorted(relevant)
+                ],
+                "hits_with": top(reasoned),
+                "hits_without": top(direct),
+                "ndcg_with": reasoned.per_query["ndcg@10"][query],
+                "ndcg_without": direct.per_query["ndcg@10"][query],
+            }
+        )
+    return cards
+
+
+def _measure(dataset: Dataset, split: str, ids, rows, scores, seconds: float) -> Measured:
+    run = metrics.as_run(ids, dataset.doc_ids, rows, scores)
+    judged = {q: dataset.qrels[split][q] for q in ids}
+    per_query = metrics.per_query(run, judged)
+    summary = metrics.mean(per_query) | {
+        "queries": len(ids),
+        "unanswered": metrics.unanswered(run, judged),
+        "ms_per_query": 1000 * seconds / len(ids),
+        "thought_tokens": None,
+        "token_rate": None,
+    }
+    return Measured(run, per_query, summary)

@@ -1,0 +1,216 @@
+"""The RL environment: a search index that follows the moving embeddings, and the reward it gives.
+
+Each step: search the stale index for more than needed, re-encode the positives and the documents whose
+re-encoding could change a reward, write them back, rank the candidates by what is now known of them. The rule
+is ours (the paper names selective refresh and does not publish it); see `r3jax.search.refresh`.
+
+The environment knows neither the model nor the text: `encode` turns document rows into unit vectors.
+Axes: R rollouts, C candidates per rollout, P relevant documents, D width, N documents.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from r3jax.rl import rewards
+from r3jax.search.index import VersionedIndex
+from r3jax.search.refresh import DriftEstimate, choose
+
+Encode = Callable[[np.ndarray], np.ndarray]  # document rows [n] -> unit vectors [n, D], current weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """What the reward looks at."""
+
+    vectors: np.ndarray  # [R, D] unit query vectors
+    relevant: np.ndarray  # [R, P] document rows, -1 where there are fewer
+    emitted: np.ndarray  # [R] the embed token came by itself
+    lengths: np.ndarray  # [R] tokens of the thought, the embed token not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Which reward, its depth, and the weights of its terms."""
+
+    name: str
+    k: int
+    weights: dict[str, float]  # retrieval, format, length
+    min_tokens: int
+    max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RefreshConfig:
+    """How the index follows: see `r3jax.search.refresh.choose`."""
+
+    policy: str
+    budget: int  # documents per step, positives included
+    over_retrieve: int
+    max_age: int | None
+    share: float
+    rebuild_below: float
+
+
+class Environment:
+    """An index, its drift estimate and its probe set. All randomness is in `probes`, drawn from `seed`."""
+
+    def __init__(
+        self, index: VersionedIndex, reward: RewardConfig, refresh: RefreshConfig, *, probes: int, seed: int
+    ):
+        self.index, self.reward_config, self.refresh = index, reward, refresh
+        self.drift = DriftEstimate()
+        rng = np.random.default_rng(seed)
+        self.probes = np.sort(rng.choice(len(index), min(probes, len(index)), replace=False))
+        self.rebuilds = 0
+
+    def score(self, rollouts: Rollouts, encode: Encode, step: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Rewards [R] after a selective refresh at `step`, and what happened on the way."""
+        clock = Clock()
+        refresh, k = self.refresh, self.reward_config.k
+        before = self.index.versions.copy()
+        depth = min(refresh.over_retrieve, len(self.index))
+        candidates, stale = self.index.search(rollouts.vectors, depth)
+        clock.lap("search")
+        if refresh.policy != "none":
+            # Positives first: their fresh scores then set the threshold that the others are held against.
+            positives = np.unique(rollouts.relevant[rollouts.relevant >= 0])
+            self._write_back(choose("neighbourhood", versions=before, step=step, budget=refresh.budget,
+                                    positives=positives, candidates=np.zeros((0, 1), np.int64)), encode, step)
+        clock.lap("encode")
+        own = self._scores(rollouts.vectors, rollouts.relevant)
+        best = np.where(rollouts.relevant >= 0, own, -1.0).max(1)
+        scores = self._scores(rollouts.vectors, candidates)
+        ranks = 1 + (scores > best[:, None]).sum(1)
+        theta = np.maximum(best, np.sort(scores, 1)[:, -min(k, depth)])
+        spent = int((self.index.versions != before).sum())
+        rows = choose(
+            refresh.policy,
+            versions=self.index.versions,
+            step=step,
+            budget=max(0, refresh.budget - spent),
+            candidates=candidates,
+            scores=scores,
+            theta=theta,
+            ranks=ranks,
+            sigma=self.drift.sigma,
+            k=k,
+            max_age=refresh.max_age,
+            share=refresh.share,
+        )
+        clock.lap("search")
+        self._write_back(rows, encode, step)
+        clock.lap("encode")
+        fresh = self._scores(rollouts.vectors, candidates)
+        self._learn_drift(candidates, stale, fresh, before, step)
+        total, terms = self._reward(rollouts, candidates, fresh)
+        clock.lap("reward")
+        probe_drift = self._probe_drift(encode)
+        recall = self.index.recall_probe(rollouts.vectors[:64], k)
+        if recall < refresh.rebuild_below:
+            self.index.rebuild()
+            self.rebuilds += 1
+        clock.lap("encode")
+        ages = step - self.index.versions
+        reencoded = int((self.index.versions != before).sum())
+        stats = {f"reward/{name}": float(term.mean()) for name, term in terms.items()}
+        stats |= {
+            "index/reencoded": reencoded,
+            "index/share": reencoded / len(self.index),
+            "index/age_mean": float(ages.mean()),
+            "index/age_max": int(ages.max()),
+            "index/probe_recall": recall,
+            "index/probe_drift": probe_drift,
+            "index/sigma": self.drift.sigma,
+            "index/rebuilds": self.rebuilds,
+        }
+        return total, stats | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+
+    def exact_rewards(self, rollouts: Rollouts, vectors: np.ndarray) -> np.ndarray:
+        """Rewards [R] against a fully re-encoded corpus [N, D]: what selective refresh is measured against."""
+        fresh = VersionedIndex.build(vectors, 0, "exact")
+        candidates, scores = fresh.search(rollouts.vectors, min(self.refresh.over_retrieve, len(fresh)))
+        return self._reward(rollouts, candidates, scores, vectors)[0]
+
+    def state(self) -> dict[str, Any]:
+        """All of it as numpy arrays, for a checkpoint."""
+        drift = dataclasses.asdict(self.drift)
+        return {
+            "index": self.index.state(),
+            "drift": np.array([drift["mean_square"], drift["updates"], drift["decay"]], np.float64),
+            "rebuilds": np.array(self.rebuilds, np.int64),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` returned."""
+        self.index = VersionedIndex.from_state(state["index"])
+        mean_square, updates, decay = (float(x) for x in state["drift"])
+        self.drift = DriftEstimate(mean_square, int(updates), decay)
+        self.rebuilds = int(state["rebuilds"])
+
+    def _write_back(self, rows: np.ndarray, encode: Encode, step: int) -> None:
+        if len(rows):
+            self.index.upsert(rows, encode(rows), step)
+
+    def _scores(self, vectors: np.ndarray, rows: np.ndarray, stored: np.ndarray | None = None) -> np.ndarray:
+        """Cosines [R, C] of each rollout with the stored vectors of its rows; -1 rows give the last one's."""
+        stored = self.index.vectors if stored is None else stored
+        return np.einsum("rd,rcd->rc", vectors, stored[rows])
+
+    def _reward(self, rollouts: Rollouts, candidates, scores, stored=None):
+        """Total reward and its terms, from candidates and what is known of their scores.
+
+        Relevant documents that the search did not return join the ranking: their vectors are at hand.
+        """
+        c = self.reward_config
+        own = self._scores(rollouts.vectors, rollouts.relevant, stored).astype(np.float64)
+        missing = (rollouts.relevant >= 0) & ~(rollouts.relevant[:, :, None] == candidates[:, None]).any(2)
+        rows = np.concatenate([candidates, np.where(missing, rollouts.relevant, -1)], 1)
+        ranked = np.concatenate([scores, np.where(missing, own, -np.inf)], 1)
+        # Ties go to the lower row, as in every search here.
+        order = np.lexsort((rows, -ranked), axis=1)[:, : candidates.shape[1]]
+        rows, ranked = np.take_along_axis(rows, order, 1), np.take_along_axis(ranked, order, 1)
+        terms = {
+            "retrieval": rewards.REWARDS[c.name](
+                rows,
+                ranked,
+                rollouts.relevant,
+                own,
+                k=c.k,
+                size=len(self.index),
+                ranks=1 + (ranked > own.max(1, keepdims=True)).sum(1),
+                emitted=rollouts.emitted,
+            ),
+            "format": rewards.format_term(rollouts.emitted),
+            "length": rewards.length_term(rollouts.lengths, c.min_tokens, c.max_tokens),
+        }
+        return rewards.combine(terms, c.weights), terms
+
+    def _learn_drift(self, candidates, stale, fresh, before, step: int) -> None:
+        """Score changes of the candidates that were re-encoded now."""
+        ages = (step - before)[candidates]
+        renewed = (self.index.versions[candidates] == step) & (ages > 0)
+        self.drift = self.drift.update(stale[renewed], fresh[renewed], ages[renewed])
+
+    def _probe_drift(self, encode: Encode) -> float:
+        """1 - mean cosine between probes' stored and current vectors: how stale the index is on the whole."""
+        if not len(self.probes):
+            return 0.0
+        return float(1 - (self.index.vectors[self.probes] * encode(self.probes)).sum(1).mean())
+
+
+class Clock:
+    """Seconds by name, lap by lap."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Books the time since the last lap under `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

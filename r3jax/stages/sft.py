@@ -1,0 +1,293 @@
+"""Stage 1, supervised: cross-entropy of the answer format, KL to the frozen start, InfoNCE and triplet margin.
+
+Each query is read twice, without reasoning (the fixed answer) and with a supervised thought; both vectors are
+drawn to the query's document. Source: Search-R3 (arXiv 2510.07048) names the four terms; weights, temperature
+and margin are ours.
+
+Axes: B queries, H hard negatives per query, L length, D width, M = B (1 + H) documents, P relevant documents.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+from r3jax.data.beir import Dataset
+from r3jax.data.stream import bucket, stream
+from r3jax.losses import info_nce, triplet_margin
+from r3jax.model.encoder import bucket_of, normalise, pool_last
+from r3jax.model.qwen2 import ModelConfig, hidden_states
+from r3jax.model.sharding import BATCH, out, place, put_batch
+from r3jax.stages.state import TrainState, apply, value_and_grad
+from r3jax.stages.tokens import answer_terms, answer_window, fill
+from r3jax.text.prompts import ChatFormat
+
+MAX_POSITIVES = 8  # known relevant documents of a query that are masked out of its negatives
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weight of each loss term; a term of weight 0 is not computed."""
+
+    ce: float
+    kl: float
+    infonce: float
+    triplet: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Longest texts, in tokens of the text alone."""
+
+    query: int
+    document: int
+    thought: int
+
+
+class PairTransform:
+    """A training record as rows of ids: direct query, query with thought, document, hard negatives."""
+
+    def __init__(
+        self,
+        source,
+        dataset: Dataset,
+        chat: ChatFormat,
+        lengths: Lengths,
+        corrupt_thoughts: float,
+        negatives: np.ndarray | None = None,
+    ):
+        self.source, self.chat, self.lengths = source, chat, lengths
+        self.documents = dataset.doc_texts
+        self.corrupt = corrupt_thoughts
+        self.negatives = negatives  # rows [N, H'], -1 where there are fewer: documents like document i
+
+    def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        n, chat = self.lengths, self.chat
+        positives = record["positives"]
+        positive = positives[rng.integers(len(positives))]
+        thought, gold = record["thought"], bool(record["thought"])
+        if gold and rng.random() < self.corrupt:
+            # Thoughts the model will write itself are often wrong: let the vector see such ones too.
+            thought = self.source[int(rng.integers(len(self.source)))]["thought"]
+            gold = False
+        direct = chat.direct_query(record["query"], n.query)
+        prompt = chat.reasoning_prompt(record["query"], n.query)
+        reasoned = chat.reasoning(record["query"], thought, n.query, n.thought)
+        docs = [positive, *self._hard(positive, positives, rng)]
+        rows = [chat.document(self.documents[d], n.document) for d in docs]
+        doc_length = chat.direct_extra + n.document
+        known = np.full(MAX_POSITIVES, -1, np.int32)
+        known[: len(positives)] = positives[:MAX_POSITIVES]
+        return {
+            "direct": fill(direct, chat.direct_extra + n.query),
+            "direct_length": np.int32(len(direct)),
+            "reasoned": fill(reasoned, chat.reasoning_extra + n.query + n.thought + 1),
+            "reasoned_start": np.int32(len(prompt)),
+            "reasoned_length": np.int32(len(reasoned)),
+            "gold": np.bool_(gold),
+            "docs": np.stack([fill(r, doc_length) for r in rows]),
+            "doc_lengths": np.array([len(r) for r in rows], np.int32),
+            "doc_rows": np.array(docs, np.int32),
+            "known": known,
+        }
+
+    def _hard(self, positive: int, positives: list[int], rng: np.random.Generator) -> list[int]:
+        if self.negatives is None:
+            return []
+        near = [int(d) for d in self.negatives[positive] if d >= 0 and d not in positives]
+        return [near[rng.integers(len(near))] if near else int(rng.integers(len(self.documents)))]
+
+
+class SFT:
+    """The supervised stage: see `r3jax.stages.state.Stage`."""
+
+    name = "sft"
+
+    def __init__(
+        self,
+        *,
+        source,
+        transform: PairTransform,
+        chat: ChatFormat,
+        model: ModelConfig,
+        mesh: jax.sharding.Mesh,
+        tx: optax.GradientTransformation,
+        steps: int,
+        batch_size: int,
+        chunks: int,
+        seed: int,
+        workers: int,
+        weights: Weights,
+        temperature: float,
+        margin: float,
+    ):
+        self.steps, self.mesh = steps, mesh
+        self._stream = stream(
+            source,
+            transform=transform,
+            batch_size=batch_size,
+            seed=seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=workers,
+        )
+        lengths = transform.lengths
+        answer = len(chat.tokenizer.encode("assistant\n" + chat.prompts.direct_assistant)) - len(
+            chat.tokenizer.encode("assistant\n")
+        )
+        widest = chat.reasoning_extra + max(lengths.query + lengths.thought + 1, lengths.document)
+        widest = max(widest, chat.direct_extra + max(lengths.query, lengths.document))
+        self._buckets = sorted({bucket_of(n) for n in range(1, widest + 1)})
+        self.update = jax.jit(
+            partial(
+                update,
+                model=model,
+                tx=tx,
+                chunks=chunks,
+                weights=weights,
+                temperature=temperature,
+                margin=margin,
+                direct_window=answer + 1,
+                thought_window=lengths.thought + 1,
+            ),
+            donate_argnums=0,
+        )
+
+    def next_batch(self, state: TrainState, step: int):
+        batch = next(self._stream)
+        flat = {**batch, "docs": np.moveaxis(batch["docs"], 1, 2)}  # [B, L, 1 + H]: bucket trims axis 1
+        widths = {"direct": "direct_length", "reasoned": "reasoned_length", "docs": "doc_lengths"}
+        flat = bucket(flat, widths, self._buckets, agree=_agree if jax.process_count() > 1 else None)
+        flat["docs"] = np.ascontiguousarray(np.moveaxis(flat["docs"], 2, 1))
+        tokens = sum(int(batch[k].sum()) for k in widths.values())
+        return put_batch(self.mesh, flat), {"tokens": tokens * jax.process_count()}
+
+    def samples(self) -> list[dict]:
+        return []
+
+    def host_state(self) -> dict:
+        return {}
+
+    def stream_state(self):
+        return self._stream.get_state()
+
+    def resume(self, host_state: dict, stream_state) -> None:
+        self._stream.set_state(stream_state)
+
+
+def _agree(longest: np.ndarray) -> np.ndarray:
+    """The longest lengths over all processes."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(longest).max(0)
+
+
+def encode(params, part, *, model: ModelConfig, reference, weights: Weights, direct_window, thought_window):
+    """Everything the loss needs of some queries, row by row: unit vectors and sums over answer tokens."""
+    count, per_query, length = part["docs"].shape
+    docs = jnp.reshape(part["docs"], (count * per_query, length), out_sharding=out(P(BATCH, None)))
+    doc_lengths = jnp.reshape(part["doc_lengths"], (count * per_query,), out_sharding=out(P(BATCH)))
+
+    def vectors(hidden, lengths):
+        return normalise(pool_last(hidden, lengths))
+
+    docs = vectors(hidden_states(params, model, docs, doc_lengths), doc_lengths)
+    rows = {"docs": jnp.reshape(docs, (count, per_query, -1), out_sharding=out(P(BATCH, None, None)))}
+    rows |= {name: place(jnp.zeros(count), P(BATCH)) for name in ("ce", "kl", "answer_tokens")}
+    direct_start = part["direct_length"] - direct_window
+    for name, start, window, counts in (
+        ("direct", direct_start, direct_window, None),
+        ("reasoned", part["reasoned_start"], thought_window, part["gold"]),
+    ):
+        tokens, lengths = part[name], part[f"{name}_length"]
+        hidden = hidden_states(params, model, tokens, lengths)
+        rows[name] = vectors(hidden, lengths)
+        if not (weights.ce or weights.kl):
+            continue
+        positions, targets, mask = answer_window(tokens, start, lengths, window)
+        if counts is not None:
+            mask = mask & counts[:, None]
+        ref = None
+        if weights.kl:
+            ref = (reference, hidden_states(reference, model, tokens, lengths))
+        terms = answer_terms(params, model, hidden, positions, targets, ref=ref)
+        rows["ce"] += jnp.where(mask, -terms.logp, 0.0).sum(1)
+        rows["kl"] += jnp.where(mask, terms.kl, 0.0).sum(1)
+        rows["answer_tokens"] += mask.sum(1).astype(jnp.float32)
+    return rows
+
+
+def loss(rows, batch, *, weights: Weights, temperature: float, margin: float):
+    """The weighted sum of the four terms over the global batch, and each term by itself."""
+    count, per_query, width = rows["docs"].shape
+    total_docs = count * per_query
+    docs = jnp.reshape(rows["docs"], (total_docs, width), out_sharding=out(P(BATCH, None)))
+    doc_rows = jnp.reshape(batch["doc_rows"], (total_docs,), out_sharding=out(P(BATCH)))
+    doc_rows = place(doc_rows, P(None))
+    known = (batch["known"][:, :, None] == doc_rows[None, None, :]).any(1)
+    positive = place(jnp.arange(count) * per_query, P(BATCH))
+    terms = {}
+    if weights.infonce:
+        pull = partial(
+            info_nce, docs=docs, positive=positive, false_negatives=known, temperature=temperature
+        )
+        terms["infonce_direct"] = pull(rows["direct"])
+        terms["infonce_reasoned"] = pull(rows["reasoned"])
+        terms["infonce"] = 0.5 * (terms["infonce_direct"] + terms["infonce_reasoned"])
+    if weights.triplet:
+        terms["triplet"] = 0.5 * sum(
+            triplet_margin(
+                rows[name], rows["docs"][:, 0], hardest(rows[name], docs, known, positive), margin
+            )
+            for name in ("direct", "reasoned")
+        )
+    tokens = jnp.maximum(rows["answer_tokens"].sum(), 1)
+    if weights.ce:
+        terms["ce"] = rows["ce"].sum() / tokens
+    if weights.kl:
+        terms["kl"] = rows["kl"].sum() / tokens
+    total = sum(
+        w * terms[name] for name, w in dataclasses.asdict(weights).items() if w
+    )
+    return total, {"loss": total} | {f"loss/{name}": value for name, value in terms.items()}
+
+
+def hardest(query, docs, known, positive):
+    """The nearest document of the batch that is not known to be relevant, for each query [B, D]."""
+    everything = place(docs, P(None, None))
+    scores = jnp.einsum("bd,md->bm", jax.lax.stop_gradient(query), jax.lax.stop_gradient(everything))
+    own = jnp.arange(docs.shape[0])[None, :] == positive[:, None]
+    nearest = jnp.where(known | own, -jnp.inf, scores).argmax(1)
+    return everything.at[nearest].get(out_sharding=out(P(BATCH, None)))
+
+
+def update(
+    state: TrainState,
+    batch,
+    *,
+    model: ModelConfig,
+    tx,
+    chunks: int,
+    weights: Weights,
+    temperature: float,
+    margin: float,
+    direct_window: int,
+    thought_window: int,
+):
+    """One optimiser step on one batch: pure, jitted by `SFT`."""
+    encode_rows = partial(
+        encode,
+        model=model,
+        reference=state.reference,
+        weights=weights,
+        direct_window=direct_window,
+        thought_window=thought_window,
+    )
+    global_loss = partial(loss, batch=batch, weights=weights, temperature=temperature, margin=margin)
+    (_, metrics), gradient = value_and_grad(encode_rows, global_loss, state.params, batch, chunks)
+    state, norms = apply(tx, state, gradient)
+    return state, metrics | norms

@@ -1,0 +1,73 @@
+"""Fixed-shape token rows, and the log-probabilities of their last part.
+
+Axes: B rows, L length, W window (the longest answer), D width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from r3jax.losses import TokenTerms, token_terms
+from r3jax.model.qwen2 import ModelConfig, unembedding
+from r3jax.model.sharding import BATCH, out, place
+
+
+def fill(ids: list[int], length: int) -> np.ndarray:
+    """ids right-padded with 0 to `length`."""
+    row = np.zeros(length, np.int32)
+    row[: len(ids)] = ids
+    return row
+
+
+def answer_window(
+    tokens: jax.Array, starts: jax.Array, lengths: jax.Array, width: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the answers are predicted: (positions [B, W], targets [B, W], mask [B, W]).
+
+    Position p predicts token p + 1; an answer is tokens[starts : lengths], its terminal token included.
+    """
+    positions = starts[:, None] - 1 + jnp.arange(width)[None, :]
+    mask = positions < lengths[:, None] - 1
+    positions = place(jnp.where(mask, positions, 0), P(BATCH, None))
+    targets = jnp.take_along_axis(tokens, positions + 1, axis=1)
+    return positions, targets, mask
+
+
+def answer_terms(
+    params, config: ModelConfig, hidden, positions, targets, *, ref=None, temperature: float = 1.0
+) -> TokenTerms:
+    """Log-probability, entropy and KL to the reference of answer tokens, each [B, W].
+
+    hidden [B, L, D] gives the answers' positions only, so logits are computed where they count. `ref` is
+    (reference params, reference hidden [B, L, D]). Log-probabilities are of softmax(logits / temperature).
+    """
+    batch, width = positions.shape
+
+    def flat(h):
+        picked = jnp.take_along_axis(h, positions[..., None], axis=1)
+        picked = jnp.reshape(picked, (batch * width, -1), out_sharding=out(P(BATCH, None)))
+        return picked
+
+    def head(p):
+        table = unembedding(p, config)
+        spec = P(BATCH, "tensor")
+
+        def logits(h):
+            # fp32 logits; the vocabulary is gathered for the soft-max over it
+            z = jnp.einsum(
+                "nd,vd->nv", h, table, preferred_element_type=jnp.float32, out_sharding=out(spec)
+            )
+            return z / temperature
+
+        return logits
+
+    ref_params, ref_hidden = ref if ref is not None else (None, None)
+    terms = token_terms(
+        flat(hidden),
+        head(params),
+        jnp.reshape(targets, (batch * width,), out_sharding=out(P(BATCH))),
+        ref_hidden=None if ref is None else flat(ref_hidden),
+        ref_unembed=None if ref is None else head(ref_params),
+    )
+    return jax.tree.map(lambda x: jnp.reshape(x, (batch, width), out_sharding=out(P(BATCH, None))), terms)

@@ -1,0 +1,199 @@
+"""Trains a reasoning embedder: python -m r3jax.train --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...]
+
+One loop for both stages. A run that was stopped goes on, bit for bit, when the same command is given again.
+"""
+
+import json
+import pathlib
+import resource
+import time
+
+import jax
+import numpy as np
+
+from r3jax import assembly
+from r3jax.assembly import BEST_KEY, Parts
+from r3jax.results import table
+from r3jax.results.comparison import compare, refresh_figures
+from r3jax.results.conditions import evaluate
+from r3jax.results.report import write_report
+from r3jax.run import config as run_config
+from r3jax.run.checkpoint import Checkpointer
+from r3jax.run.config import run_main
+from r3jax.run.log import RunLog
+from r3jax.search.index import VersionedIndex
+from r3jax.stages.state import Stage, TrainState
+
+
+def main(argv: list[str]) -> None:
+    # Config
+    parsed = run_config.parse(argv, "r3jax.train")
+    config, workdir = parsed.config, parsed.workdir
+    run_config.validate(config)
+    assembly.claim(workdir, config)
+    jax.config.update("jax_compilation_cache_dir", config.xla_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    clock = {"start": time.time(), "before": 0.0}
+
+    # Mesh, input, model
+    mesh = assembly.mesh(config)
+    with jax.set_mesh(mesh):
+        parts = assembly.parts(config, workdir, mesh)
+
+        # Stages: those done are passed over, the one that was stopped is resumed
+        plan = [name for name in ("sft", "rl") if name in config and not (name == "sft" and skips_sft(config))]
+        checkpointers = {
+            name: Checkpointer(workdir / "checkpoints" / name, config.checkpoint.keep, best_key=BEST_KEY)
+            for name in plan
+        }
+        begun = [name for name in plan if checkpointers[name].latest() is not None]
+        log = None
+        for i, name in enumerate(plan):
+            if name in begun[:-1]:
+                continue
+            if name in begun:
+                stage = assembly.make_stage(name, parts, None)
+                target = {"train": assembly.abstract_stage_state(name, parts), "host": stage.host_state()}
+                restored, meta = checkpointers[name].restore(None, target)
+                state = restored["train"]
+                stage.resume(restored["host"], meta["data"])
+                clock["before"] = meta["seconds"]
+                log = RunLog(workdir, resume_offset=meta["log"])
+                log.say(f"stage {name}: going on from step {int(state.step)} of {stage.steps}")
+            else:
+                start = assembly.load_params(workdir, parts.model, mesh, plan[i - 1]) if i else parts.initial_params()
+                stage, state = assembly.make_stage(name, parts, start), assembly.first_state(name, parts, start)
+                log = log or RunLog(workdir)
+                log.say(announce(name, plan, parts, stage))
+                del start
+            run_stage(stage, state, parts, checkpointers[name], log, clock)
+            del state
+        for checkpointer in checkpointers.values():
+            checkpointer.close()
+
+        # Evaluation
+        log.say("evaluating every stage's best weights (by validation) on the held-out splits")
+        begin = time.time()
+        models = (
+            (name, assembly.load_params(workdir, parts.model, mesh, name) if name != "untrained" else parts.initial_params())
+            for name in ("untrained", *plan)
+        )
+        outcome = compare(
+            parts.dataset, config.data.eval_splits, models, parts.reader, parts.encode_corpus, workdir
+        )
+    results = {"name": config.name, "seed": config.seed, "device": jax.devices()[0].device_kind} | outcome
+    if "rl" in plan:
+        results["refresh"] = refresh_figures(workdir / "metrics.jsonl", config.index.policy)
+    results["stage_seconds"] = stage_seconds(workdir) | {"evaluate": time.time() - begin}
+    results["seconds"] = clock["before"] + time.time() - clock["start"]
+    results["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    log.close()
+
+    # Table and page
+    table.show(results)
+    print(f"report: {write_report(workdir)}")
+
+
+def skips_sft(config) -> bool:
+    """With a checkpoint given, a config of both stages starts at the second."""
+    return bool(config.init_from) and "rl" in config
+
+
+def announce(name: str, plan: list[str], parts: Parts, stage: Stage) -> str:
+    data, m = parts.dataset, parts.model
+    lines = [f"stage {name}: {stage.steps} steps"]
+    if name == plan[0]:
+        lines.insert(
+            0,
+            f"{data.name}: {len(data.doc_ids):,} documents, {len(data.query_ids):,} queries; "
+            f"model: {m.layers} layers, width {m.width}, vocabulary {m.vocab:,}; mesh {dict(parts.mesh.shape)}",
+        )
+        if data.skipped:
+            lines.insert(1, f"{len(data.skipped)} bad lines dropped, the first: {data.skipped[0]}")
+        if name == "sft" and "rl" in plan:
+            lines.append("(no --config.init_from was given, so stage 1 runs before stage 2)")
+    return "\n".join(lines)
+
+
+def run_stage(
+    stage: Stage, state: TrainState, parts: Parts, checkpointer: Checkpointer, log: RunLog, clock: dict
+) -> None:
+    """The training loop: make a batch, dispatch the update, log the step before."""
+    config = parts.config
+    first = int(state.step) + 1
+    waiting = None
+    with log.progress(stage.name, stage.steps, start=first - 1) as progress:
+        for step in range(first, stage.steps + 1):
+            begin = time.perf_counter()
+            with jax.transfer_guard("disallow"):
+                batch, numbers = stage.next_batch(state, step)
+                made = time.perf_counter()
+                state, metrics = stage.update(state, batch)
+            if waiting:
+                report(log, progress, stage, config, *waiting)
+            measuring = step == stage.steps or (config.evaluate.every and step % config.evaluate.every == 0)
+            saving = measuring or step % config.checkpoint.every == 0
+            if saving or step % config.log.every == 0 or stage.name == "rl":
+                jax.block_until_ready(metrics)
+            numbers["time/update"] = time.perf_counter() - made
+            numbers["time/step"] = time.perf_counter() - begin
+            waiting = (step, numbers, metrics)
+            if saving:
+                report(log, progress, stage, config, *waiting)
+                waiting, scores = None, None
+                if measuring:
+                    scores = validate(state.params, parts)
+                    log.write(stage.name, step, {f"eval/{name}": value for name, value in scores.items()})
+                    progress.update(step, {"validation " + BEST_KEY: scores[BEST_KEY]})
+                meta = {
+                    "data": stage.stream_state(),
+                    "log": log.offset,
+                    "seconds": clock["before"] + time.time() - clock["start"],
+                }
+                host = stage.host_state()
+                checkpointer.save(step, {"train": state, "host": host}, meta=meta, metrics=scores)
+    checkpointer.wait()
+
+
+def report(log: RunLog, progress, stage: Stage, config, step: int, numbers: dict, metrics: dict) -> None:
+    """Writes one step's figures, and now and then its samples."""
+    figures = numbers | jax.device_get(metrics)
+    if "tokens" in figures:
+        figures["tokens_per_second"] = figures.pop("tokens") / figures["time/step"]
+    keys = ("loss", "loss/infonce", "loss/ce") if stage.name == "sft" else (
+        "reward/mean", "completion/length_mean", "completion/token_rate", "index/share")
+    progress.update(step, {key: float(figures[key]) for key in keys if key in figures})
+    if stage.name == "rl" or step % config.log.every == 0 or step == stage.steps:
+        log.write(stage.name, step, figures)
+    if config.log.samples_every and step % config.log.samples_every == 0:
+        log.samples(step, stage.samples())
+
+
+def validate(params, parts: Parts) -> dict[str, float]:
+    """nDCG@10 on the validation split, without and with reasoning."""
+    index = VersionedIndex.build(parts.encode_corpus(params), 0, "exact")
+    split = parts.config.data.validation_split
+    found = evaluate(parts.reader, params, parts.dataset, split, index, ("direct", "reasoning"))
+    scores = {f"ndcg@10/{name}": float(m.summary["ndcg@10"]) for name, m in found.items()}
+    return scores | {
+        "thought_tokens": found["reasoning"].summary["thought_tokens"],
+        "token_rate": found["reasoning"].summary["token_rate"],
+    }
+
+
+def stage_seconds(workdir: pathlib.Path) -> dict[str, float]:
+    """Seconds spent in the steps of each stage, from the log."""
+    seconds: dict[str, float] = {}
+    last: dict[str, int] = {}
+    for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("time/step") is not None:
+            stage = row["stage"]
+            seconds[stage] = seconds.get(stage, 0.0) + row["time/step"] * (row["step"] - last.get(stage, 0))
+            last[stage] = row["step"]
+    return {name: float(np.round(value, 1)) for name, value in seconds.items()}
+
+
+if __name__ == "__main__":
+    run_main(main)
