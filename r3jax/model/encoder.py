@@ -37,19 +37,23 @@ def embed(params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[A
 embed_jit = partial(jax.jit, static_argnames=("config",))(embed)
 
 
-def pad(rows: Sequence[Sequence[int]], length: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def pad(
+    rows: Sequence[Sequence[int]], length: int, count: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as a right-padded array [count, length] and their lengths; missing rows have length 1."""
     count = count or len(rows)
     tokens = np.zeros((count, length), np.int32)
     lengths = np.ones(count, np.int32)
     for i, row in enumerate(rows):
+        if not len(row):
+            raise ValueError(f"rows: row {i} is empty, so it has no last token")
         tokens[i, : len(row)] = row
         lengths[i] = len(row)
     return tokens, lengths
 
 
 def bucket_of(length: int, step: int = 8) -> int:
-    """The padded length: the next multiple of `step`, from 64 on the next multiple of an eighth of the power of two."""
+    """The padded length: the next multiple of `step`; past 64, of an eighth of the next power of two."""
     if length > 64:
         step = max(step, 1 << (length.bit_length() - 3))
     return -(-length // step) * step
@@ -66,8 +70,8 @@ def encode_rows(
 ) -> np.ndarray:
     """Unit vectors [N, D] of tokenised rows, in their order.
 
-    Rows are grouped by length into a few padded shapes, so each shape compiles once. `on_batch` is told how many
-    rows were done. One batch is prepared while the device works on the last.
+    Rows are grouped by length into a few padded shapes, so each shape compiles once. `on_batch` is told how
+    many rows were done. One batch is prepared while the device works on the last.
     """
     parts = batch_parts(mesh)
     batch_size = -(-batch_size // parts) * parts
@@ -76,8 +80,10 @@ def encode_rows(
     waiting = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        tokens, lengths = pad([rows[i] for i in chosen], bucket_of(len(rows[chosen[-1]])), batch_size)
-        vectors = embed_jit(params, tokens=put_batch(mesh, tokens), lengths=put_batch(mesh, lengths), config=config)
+        padded = pad([rows[i] for i in chosen], bucket_of(len(rows[chosen[-1]])), batch_size)
+        tokens, lengths = put_batch(mesh, padded)
+        with jax.set_mesh(mesh):
+            vectors = embed_jit(params, tokens=tokens, lengths=lengths, config=config)
         if waiting is not None:
             result[waiting[0]] = jax.device_get(waiting[1])[: len(waiting[0])]
         waiting = (chosen, vectors)

@@ -8,40 +8,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from r3jax.errors import UserError
 from r3jax.model.qwen2 import ModelConfig, parameter_table
-from r3jax.model.sharding import stored
+from r3jax.model.sharding import RULES, stored
 
 
-def flatten(tree) -> dict[str, jax.Array]:
+def flatten(tree) -> dict:
+    """A tree of parameters as {"layers/attn/q/kernel": leaf}."""
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-def unflatten(flat):
+def unflatten(flat: dict) -> dict:
+    """The inverse of `flatten`."""
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def specs(config: ModelConfig) -> dict:
-    """The tree of PartitionSpecs of the stored parameters."""
-    return unflatten({name: stored(axes) for name, (_, axes) in parameter_table(config).items()})
+def abstract(config: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict:
+    """Shapes, dtypes and shardings of the parameters, without memory.
 
-
-def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(config))
-
-
-def abstract(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> dict:
-    """Shapes, dtypes and, with a mesh, shardings of the parameters, without memory."""
+    Raises UserError for a size of the model that its mesh axis does not divide.
+    """
+    for logical, field in (("embed", "width"), ("kv_heads",) * 2, ("ffn",) * 2, ("vocab",) * 2):
+        axis = RULES[logical]
+        parts, size = mesh.shape[axis], getattr(config, field)
+        if size % parts:
+            raise UserError(
+                f"config.mesh.{axis}={parts} does not divide model.{field}={size}; choose a divisor of it."
+            )
     dtype = jnp.dtype(config.param_dtype)
     table = parameter_table(config)
     return unflatten(
         {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and NamedSharding(mesh, stored(axes)))
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, stored(axes)))
             for name, (shape, axes) in table.items()
         }
     )
+
+
+def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
+    """Where each parameter lives between steps. Raises UserError as `abstract` does."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract(config, mesh))
 
 
 def init(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int, embed_token: int | None = None) -> dict:
@@ -69,12 +78,8 @@ def init(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int, embed_token: i
     return jax.jit(make, out_shardings=shardings(config, mesh))(jax.random.key(seed))
 
 
-def count(config: ModelConfig) -> int:
-    return sum(int(np.prod(shape)) for shape, _ in parameter_table(config).values())
-
-
-# Hugging Face name -> (our name, our shape's axes as a permutation of the reshaped tensor).
-# `to_ours(w, c)` reshapes and transposes one layer's tensor; `to_theirs` is its inverse.
+# Rows of the table: regex of the Hugging Face name, our name, (to_ours, to_theirs). `to_ours(w, c)` reshapes
+# and transposes one layer's tensor; `to_theirs` is its inverse.
 def _kernel(out_shape):
     """torch Linear [out, in] <-> ours [in, *out]."""
 
@@ -134,33 +139,63 @@ HUGGING_FACE = [
 ]
 
 
+def _key(pattern: str, layer: int) -> str:
+    """The Hugging Face name that a pattern of the table stands for in one layer."""
+    return pattern.replace(r"(\d+)", str(layer)).replace("\\", "")
+
+
 def from_hugging_face(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict:
-    """A Qwen-2.5 state dict (numpy) as our parameters (numpy). Every tensor must match exactly one rule, and
-    every parameter must be set; else UserError names the tensor."""
-    table = parameter_table(config)
+    """A Qwen-2.5 state dict (numpy) as our parameters (numpy, in config.param_dtype).
+
+    Every tensor must match one rule of the table and have its shape, every parameter must be set once; else
+    UserError names the tensor. A tied model may bring its lm_head, if that is the embedding table.
+    """
     dtype = jnp.dtype(config.param_dtype)
-    flat = {name: np.zeros(shape, dtype) for name, (shape, _) in table.items()}
-    missing = {(name, i) for name in table for i in range(config.layers if name.startswith("layers/") else 1)}
+    flat = {name: np.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    missing: dict[tuple[str, int], str] = {}
+    for pattern, name, (_, to_theirs) in HUGGING_FACE:
+        if name in flat:
+            stacked = name.startswith("layers/")
+            shapes[name] = to_theirs(flat[name][0] if stacked else flat[name], config).shape
+            missing |= {(name, i): _key(pattern, i) for i in range(config.layers if stacked else 1)}
+    places = set(missing)
     for key, tensor in tensors.items():
         if key == "lm_head.weight" and config.tied:
+            if not np.array_equal(tensor, tensors.get("model.embed_tokens.weight")):
+                raise UserError(
+                    f"checkpoint: tensor {key!r} is not the embedding table, so the model is untied; "
+                    "set config.model.tied=False."
+                )
             continue
-        hits = [(re.fullmatch(p, key), name, fn) for p, name, fn in HUGGING_FACE if re.fullmatch(p, key)]
+        hits = [(match, name, fn) for p, name, fn in HUGGING_FACE if (match := re.fullmatch(p, key))]
         if len(hits) != 1:
-            raise UserError(f"checkpoint: tensor {key!r} matches {len(hits)} rules of the Qwen-2.5 table, not one.")
+            raise UserError(
+                f"checkpoint: tensor {key!r} matches {len(hits)} rules of the Qwen-2.5 table, not one; "
+                "give a Qwen-2.5 checkpoint."
+            )
         match, name, (to_ours, _) = hits[0]
         layer = int(match.group(1)) if match.groups() else 0
-        if name not in table or (name, layer) not in missing:
-            raise UserError(f"checkpoint: tensor {key!r} has no place in a model of {config.layers} layers.")
-        into = flat[name][layer] if match.groups() else flat[name]
-        try:
-            into[...] = to_ours(np.asarray(tensor), config)
-        except ValueError:
+        if (name, layer) not in places:
             raise UserError(
-                f"checkpoint: tensor {key!r} has shape {tensor.shape}, the config asks for {into.shape}."
-            ) from None
-        missing.discard((name, layer))
+                f"checkpoint: tensor {key!r} has no place in a model of {config.layers} layers; "
+                "set config.model to the checkpoint's sizes."
+            )
+        if (name, layer) not in missing:
+            raise UserError(f"checkpoint: tensor {key!r} is given twice; leave one of the two.")
+        if tensor.shape != shapes[name]:
+            raise UserError(
+                f"checkpoint: tensor {key!r} has shape {tensor.shape}, the config asks for {shapes[name]}; "
+                "set config.model to the checkpoint's sizes."
+            )
+        into = flat[name][layer] if match.groups() else flat[name]
+        into[...] = to_ours(tensor, config)
+        del missing[name, layer]
     if missing:
-        raise UserError(f"checkpoint: {len(missing)} parameters were not set, the first is {min(missing)[0]!r}.")
+        raise UserError(
+            f"checkpoint: {len(missing)} tensors are missing, the first is {next(iter(missing.values()))!r}; "
+            "give all of its files, or set config.model to its sizes."
+        )
     return unflatten(flat)
 
 
@@ -169,22 +204,18 @@ def to_hugging_face(params, config: ModelConfig) -> dict[str, np.ndarray]:
     flat = {name: np.asarray(w) for name, w in flatten(params).items()}
     tensors = {}
     for pattern, name, (_, to_theirs) in HUGGING_FACE:
-        if name not in flat:
-            continue
-        if name.startswith("layers/"):
-            for i in range(config.layers):
-                key = pattern.replace(r"(\d+)", str(i)).replace("\\", "")
-                tensors[key] = np.ascontiguousarray(to_theirs(flat[name][i], config))
-        else:
-            tensors[pattern.replace("\\", "")] = np.ascontiguousarray(to_theirs(flat[name], config))
+        if name in flat:
+            layers = flat[name] if name.startswith("layers/") else [flat[name]]
+            for i, w in enumerate(layers):
+                tensors[_key(pattern, i)] = np.ascontiguousarray(to_theirs(w, config))
     return tensors
 
 
 def load_hugging_face(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh, embed_token: int):
     """Parameters from the safetensors files of a local Qwen-2.5 folder, placed on the mesh.
 
-    The row of `embed_token` becomes the mean of the rows if the checkpoint's is all zero. Raises UserError for a
-    folder without safetensors or a tensor that does not fit.
+    The row of `embed_token` becomes the mean of the rows if the checkpoint's is all zero. Raises UserError
+    for a folder without safetensors, a damaged file or a tensor that does not fit.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -193,9 +224,17 @@ def load_hugging_face(folder: pathlib.Path, config: ModelConfig, mesh: jax.shard
         )
     tensors: dict[str, np.ndarray] = {}
     for file in files:
-        tensors |= load_file(file)
+        try:
+            part = load_file(file)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"config.init_from: {file} cannot be read ({e}); fetch it again.") from None
+        if twice := tensors.keys() & part.keys():
+            raise UserError(
+                f"config.init_from: {folder} holds the tensor {min(twice)!r} in two files; leave one of them."
+            )
+        tensors |= part
     tree = from_hugging_face(tensors, config)
     for name in ("embed", "unembed"):
         if name in tree and not tree[name]["table"][embed_token].any():
-            tree[name]["table"][embed_token] = tree[name]["table"].mean(0)
+            tree[name]["table"][embed_token] = tree[name]["table"].mean(0, dtype=np.float32)
     return jax.device_put(tree, shardings(config, mesh))

@@ -8,6 +8,7 @@ P prompt length, G samples per prompt, T new tokens.
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -48,11 +49,16 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
 
-# One table per parameter: shape and logical axes. Init, sharding, restore and conversion all follow it.
-# Entries under layers/ get a leading `layers` axis.
-def parameter_table(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+Table = dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]
+
+
+def parameter_table(c: ModelConfig) -> Table:
+    """{name: (shape, logical axes)} of every parameter: init, sharding, restore and conversion all follow it.
+
+    Those under layers/ are stacked, with a leading axis of layers.
+    """
     k, m, h = c.kv_heads, c.queries_per_kv, c.head_dim
-    block = {
+    block: Table = {
         "attn_norm/scale": ((c.width,), (None,)),
         "attn/q/kernel": ((c.width, k, m, h), ("embed", "kv_heads", None, None)),
         "attn/q/bias": ((k, m, h), ("kv_heads", None, None)),
@@ -66,7 +72,7 @@ def parameter_table(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[st
         "mlp/up/kernel": ((c.width, c.ffn), ("embed", "ffn")),
         "mlp/down/kernel": ((c.ffn, c.width), ("ffn", "embed")),
     }
-    table = {"embed/table": ((c.vocab, c.width), ("vocab", "embed"))}
+    table: Table = {"embed/table": ((c.vocab, c.width), ("vocab", "embed"))}
     table |= {f"layers/{name}": ((c.layers, *shape), (None, *axes)) for name, (shape, axes) in block.items()}
     table["final_norm/scale"] = ((c.width,), (None,))
     if not c.tied:
@@ -104,7 +110,8 @@ class Linear(nn.Module):
     def __call__(self, x):
         c, axes = self.config, used(self.axes)
         left, right = math.prod(self.inputs), math.prod(self.outputs)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (*self.inputs, *self.outputs), c.param_dtype)
+        shape = (*self.inputs, *self.outputs)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, c.param_dtype)
         kernel = place(kernel.astype(c.compute_dtype), axes)
         row, column = axes[0], axes[len(self.inputs)]
         kernel = jnp.reshape(kernel, (left, right), out_sharding=out(P(row, column)))
@@ -154,9 +161,9 @@ class Attention(nn.Module):
     def __call__(self, x, positions, mask, memory=None, slot=None):
         """x [B, L, D] with mask [B, L, S=L]: attention inside the sequence.
 
-        With `memory` (one layer of a KVCache and prompt_valid) x holds one new token for each of L=G samples of
-        a prompt: they attend to the shared prompt and to their own earlier tokens, whose slots 0..slot are
-        filled. Returns the output [B, L, D] and this layer's (keys, values): those of x, or the updated cache.
+        With `memory` (one layer of a KVCache and prompt_valid) x holds one new token for each of L=G samples
+        of a prompt: they attend to the shared prompt and to their own earlier tokens, whose slots 0..slot are
+        filled. Returns the output [B, L, D] and this layer's (keys, values): those of x, or the new cache.
         """
         c = self.config
         k, m, h = c.kv_heads, c.queries_per_kv, c.head_dim
@@ -258,7 +265,7 @@ class Decoder(nn.Module):
 
 
 def right_padded(lengths: Int[Array, "B"], length: int) -> tuple[jax.Array, jax.Array]:
-    """Positions and valid mask, each [B, L], of right-padded rows. Masks come from lengths, never from ids."""
+    """Positions and valid mask, each [B, L], of right-padded rows: from lengths, never from ids."""
     index = jnp.arange(length)
     valid = index[None, :] < lengths[:, None]
     positions = place(jnp.broadcast_to(index, valid.shape), P(BATCH, None))
@@ -298,7 +305,7 @@ def decode_step(
     params, config: ModelConfig, tokens: Int[Array, "B G"], positions: Int[Array, "B G"], cache: KVCache, slot
 ) -> tuple[Float[Array, "B G D"], KVCache]:
     """One new token for each sample, written to `slot` of the cache. `params` as `unstack` returns them."""
-    x = Embed(config).apply({"params": params["embed"]}, tokens)
+    x: Any = Embed(config).apply({"params": params["embed"]}, tokens)
     new = []
     for i, layer in enumerate(params["layers"]):
         memory = (cache.prompt_k[i], cache.prompt_v[i], cache.prompt_valid, cache.new_k[i], cache.new_v[i])

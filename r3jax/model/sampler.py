@@ -1,15 +1,16 @@
-"""The jitted sampler: the prompt is read once and shared by its group; one `while_loop` decodes until every row
-has ended.
+"""The jitted sampler: the prompt is read once and shared by its group; one `while_loop` decodes until every
+row has ended.
 
-A completion ends with the embed token. If the model closes its turn instead (`<|im_end|>`), or the limit comes,
-the embed token is forced: the row then has an embedding, but `emitted` is False and the forced token has no
-log-probability and no place in the loss mask.
+A completion ends with the embed token. If the model closes its turn instead (`<|im_end|>`), or the limit
+comes, the embed token is forced: the row then has an embedding, but `emitted` is False and the forced token
+has no log-probability and no place in the loss mask.
 
 Noise is folded from (key, prompt id, sample id, position), so a row's text does not depend on its batch.
 Axes: B prompts, G samples per prompt, T new tokens, P prompt length, D width, V vocab.
 """
 
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -31,7 +32,7 @@ from r3jax.model.sharding import BATCH, place
 
 @flax.struct.dataclass
 class Completions:
-    """What the sampler returns. Log-probabilities are of the distribution sampled from (after temperature)."""
+    """What the sampler returns. Log-probabilities are of the distribution sampled from, after temperature."""
 
     tokens: Int[Array, "B G T"]
     logp: Float[Array, "B G T"]  # 0 where the mask is False
@@ -74,11 +75,13 @@ def sample(
 ) -> Completions:
     """Samples `group` completions of at most `max_new` tokens (the embed token included) for each prompt.
 
-    prompts are right-padded. temperature 0 is greedy; its log-probabilities are those at temperature 1.
+    prompts are right-padded; arrays on a mesh want `jax.set_mesh` of it around the call. temperature 0 is
+    greedy; its log-probabilities are those at temperature 1.
     """
     batch = prompts.shape[0]
     positions, valid = right_padded(prompt_lengths, prompts.shape[1])
-    hidden, (k, v) = Decoder(config).apply({"params": params}, prompts, positions, valid)
+    prefill: Any = Decoder(config).apply({"params": params}, prompts, positions, valid)
+    hidden, (k, v) = prefill
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
     params = unstack(params, config)
     rows = P(BATCH, None)

@@ -5,8 +5,6 @@ on one CPU device already. Parameters are stored sharded over `fsdp` and `tensor
 weights over `fsdp` just before it uses them (ZeRO-3), and gradients scatter back by transposition.
 """
 
-import dataclasses
-
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -17,33 +15,38 @@ from r3jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# logical axis -> mesh axis of stored weights. Axes not named here are never sharded.
+# logical axis -> mesh axis of stored weights
 RULES = {"embed": "fsdp", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
     """An Explicit (data, fsdp, tensor) mesh over all devices; one size may be -1: what is left.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Raises UserError for a size that is neither positive nor -1, and when the sizes do not multiply to the
+    number of devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = [data, fsdp, tensor]
+    for axis, size in zip(AXES, sizes, strict=True):
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{axis} must be at least 1, or -1 for all devices left, not {size}.")
     if sizes.count(-1) > 1:
-        raise UserError("config.mesh: at most one of data, fsdp and tensor can be -1; give the others a size.")
+        raise UserError("config.mesh: only one of data, fsdp and tensor can be -1; give the others a size.")
     if -1 in sizes:
         known = int(np.prod([s for s in sizes if s != -1]))
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if int(np.prod(sizes)) != len(devices):
         asked = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(
-            f"config.mesh: {asked} does not multiply to the {len(devices)} devices there are; change one size or set it to -1."
+            f"config.mesh: {asked} does not multiply to the {len(devices)} devices there are; "
+            "change one size or set it to -1."
         )
     return jax.make_mesh(sizes, AXES, devices=devices)
 
 
 def stored(axes: tuple[str | None, ...]) -> P:
     """Where a parameter with these logical axes lives between steps."""
-    return P(*(RULES.get(a) if a else None for a in axes))
+    return P(*(RULES[a] if a else None for a in axes))
 
 
 def used(axes: tuple[str | None, ...]) -> P:
@@ -65,43 +68,17 @@ def out(spec: P) -> P | None:
     return spec if has_mesh() else None
 
 
-def rows(x: jax.Array) -> P:
-    """The spec of an array whose first axis is the batch."""
-    return P(BATCH, *([None] * (x.ndim - 1)))
-
-
-def batch_sharding(mesh: jax.sharding.Mesh, ndim: int) -> NamedSharding:
-    return NamedSharding(mesh, P(BATCH, *([None] * (ndim - 1))))
-
-
 def batch_parts(mesh: jax.sharding.Mesh) -> int:
     """Into how many parts the batch axis is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch):
-    """This process's rows of a batch (a pytree of numpy arrays) as global arrays split over the batch axes."""
+    """This process's rows of a batch (a pytree of numpy arrays) as global arrays, split over the batch."""
 
     def put(x):
         x = np.asarray(x)
-        return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x)
+        sharding = NamedSharding(mesh, P(BATCH, *([None] * (x.ndim - 1))))
+        return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(put, batch)
-
-
-def replicate(mesh: jax.sharding.Mesh, tree):
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), tree)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a mesh asks of a model: sizes that the tensor axis must divide."""
-
-    tensor: int
-
-    def check(self, kv_heads: int, ffn: int, vocab: int) -> None:
-        for name, size in (("kv_heads", kv_heads), ("ffn", ffn), ("vocab", vocab)):
-            if size % self.tensor:
-                raise UserError(
-                    f"config.mesh.tensor={self.tensor} does not divide model.{name}={size}; choose a divisor of it."
-                )
