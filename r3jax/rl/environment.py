@@ -78,8 +78,15 @@ class Environment:
         if refresh.policy != "none":
             # Positives first: their fresh scores then set the threshold that the others are held against.
             positives = np.unique(rollouts.relevant[rollouts.relevant >= 0])
-            self._write_back(choose("neighbourhood", versions=before, step=step, budget=refresh.budget,
-                                    positives=positives, candidates=np.zeros((0, 1), np.int64)), encode, step)
+            rows = choose(
+                "neighbourhood",
+                versions=before,
+                step=step,
+                budget=refresh.budget,
+                positives=positives,
+                candidates=np.zeros((0, 1), np.int64),
+            )
+            self._write_back(rows, encode, step)
         clock.lap("encode")
         own = self._scores(rollouts.vectors, rollouts.relevant)
         best = np.where(rollouts.relevant >= 0, own, -1.0).max(1)
@@ -130,7 +137,7 @@ class Environment:
         return total, stats | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
 
     def exact_rewards(self, rollouts: Rollouts, vectors: np.ndarray) -> np.ndarray:
-        """Rewards [R] against a fully re-encoded corpus [N, D]: what selective refresh is measured against."""
+        """Rewards [R] against a corpus [N, D] re-encoded in full: what refresh is measured against."""
         fresh = VersionedIndex.build(vectors, 0, "exact")
         candidates, scores = fresh.search(rollouts.vectors, min(self.refresh.over_retrieve, len(fresh)))
         return self._reward(rollouts, candidates, scores, vectors)[0]
@@ -205,7 +212,7 @@ class Environment:
 class Clock:
     """Seconds by name, lap by lap."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 

@@ -112,7 +112,7 @@ def combine(terms: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarr
     if set(terms) != set(weights):
         odd = ", ".join(sorted(set(terms) ^ set(weights)))
         raise ValueError(f"terms and weights must name the same things, only one of them names {odd}")
-    total = 0.0
+    total = np.zeros(np.shape(next(iter(terms.values()))))
     for name, term in terms.items():
         term = np.asarray(term, np.float64)
         _finite(f"terms[{name!r}]", term)

@@ -40,7 +40,7 @@ class ExactBackend:
 
     def __init__(self, vectors: np.ndarray):
         self._vectors = vectors
-        self._chunks = None
+        self._chunks: jax.Array | None = None
         # One device of this process: a caller's mesh would repeat the search on each of its devices.
         self._mesh = jax.make_mesh((1,), ("search",), devices=jax.local_devices()[:1])
 

@@ -144,9 +144,9 @@ class VersionedIndex:
         """Everything needed to go on, as numpy arrays without pickle: vectors, versions, settings, tree.
 
         `tree` (uint8) is one 0 for brute force and exact search (checkpoints cannot hold empty arrays); for a
-        tree it is a 1 and the trained parts, because a tree that lived through upserts differs from one trained on the same vectors. Taking the
-        state makes the index itself go on from the saved copy, so that it and its restored twin answer
-        alike, bit for bit.
+        tree it is a 1 and the trained parts, because a tree that lived through upserts differs from one
+        trained on the same vectors. Taking the state makes the index itself go on from the saved copy, so
+        that it and its restored twin answer alike, bit for bit.
         """
         settings = np.array([KINDS.index(self._kind), self._tree_above, self._leaves], np.int64)
         assets = np.zeros(0, np.uint8) if self._scann is None else self._scann.assets()
@@ -170,7 +170,8 @@ class VersionedIndex:
         if versions.shape != (len(vectors),):
             raise ValueError(f"state['versions'] has shape {versions.shape} for {len(vectors)} vectors")
         kind, tree_above, leaves = (int(x) for x in state["settings"])
-        return cls(vectors, versions, KINDS[kind], tree_above, leaves, np.asarray(state["tree"], np.uint8)[1:])
+        assets = np.asarray(state["tree"], np.uint8)[1:]
+        return cls(vectors, versions, KINDS[kind], tree_above, leaves, assets)
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

@@ -101,7 +101,7 @@ class ScannBackend:
                     with open(os.path.join(folder, name), "rb") as file:
                         files[name] = np.frombuffer(file.read(), np.uint8)
         buffer = io.BytesIO()
-        np.savez(buffer, **files)
+        np.savez(buffer, **files)  # type: ignore[arg-type] # numpy's stub takes **files for allow_pickle
         saved = np.frombuffer(buffer.getvalue(), np.uint8)
         self._searcher = self._load(saved)
         return saved
