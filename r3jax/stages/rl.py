@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from r3jax.data.stream import stream
@@ -94,7 +95,8 @@ class RL:
         self.environment, self.policy = environment, policy
         self.encode_batch, self.probe_every = encode_batch, probe_every
         self._stream = stream(source, transform=PromptTransform(), batch_size=prompts, seed=seed)
-        self._key = jax.random.key(seed)
+        self._whole = NamedSharding(mesh, P())  # on every device
+        self._key = jax.device_put(jax.random.key(seed), self._whole)
         self._samples: list[dict] = []
         self.update = jax.jit(
             partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0
@@ -176,7 +178,7 @@ class RL:
             put(prompts),
             put(lengths),
             put(ids),
-            jax.random.fold_in(self._key, jax.device_put(np.int32(step))),
+            jax.random.fold_in(self._key, jax.device_put(np.int32(step), self._whole)),
             config=self.model,
             group=self.group,
             max_new=self.policy.max_new,
