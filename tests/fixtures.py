@@ -1,0 +1,143 @@
+"""A data set small enough for tests, the smallest config that trains on it, and the parts of a run built from both."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from r3jax import assembly
+from r3jax.assembly import Parts
+from r3jax.model.sharding import make_mesh
+from r3jax.run import config as run_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+XLA_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+VERBS = "show list copy move delete rename count sort print merge split compress".split()
+NOUNS = "file folder image log user disk process network branch package table key".split()
+PLACES = "quietly recursively remotely twice".split()
+SYNONYMS = {"show": "display", "delete": "remove", "folder": "directory", "image": "picture"}
+
+# The default's architecture and every mechanism of the default run, in seconds.
+MICRO = {
+    "name": "micro",
+    "data.max_query_tokens": 8,
+    "data.max_doc_tokens": 12,
+    "data.max_thought_tokens": 5,
+    "tokenizer.vocab_size": 512,
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "model.head_dim": 8,
+    "model.ffn": 64,
+    "model.vocab": 512,
+    "sft.steps": 4,
+    "sft.batch_size": 16,
+    "sft.chunks": 1,
+    "sft.warmup": 1,
+    "sft.kl_weight": 0.1,
+    "rl.steps": 4,
+    "rl.prompts": 8,
+    "rl.group_size": 4,
+    "rl.chunks": 1,
+    "rl.warmup": 1,
+    "rl.max_new_tokens": 6,
+    "rl.probe_every": 2,
+    "rl.reward.min_tokens": 2,
+    "rl.reward.max_tokens": 5,
+    "index.over_retrieve": 20,
+    "index.probes": 8,
+    "index.budget": 0.1,
+    "checkpoint.every": 2,
+    "log.every": 1,
+    "log.samples_every": 2,
+    "evaluate.every": 2,
+    "evaluate.batch_size": 32,
+    "xla_cache": XLA_CACHE,
+}
+
+
+def write_dataset(folder: pathlib.Path) -> pathlib.Path:
+    """A BEIR folder of 200 documents and queries that rephrase them: 120 to train on, 20 in each other split.
+
+    Queries of `seen` ask again for documents of the training queries, those of `unseen` and `validation` for
+    others. One training query in ten has two relevant documents.
+    """
+    rng = np.random.default_rng(0)
+    triples = [(v, n, p) for v in VERBS for n in NOUNS for p in PLACES]
+    triples = [triples[i] for i in rng.permutation(len(triples))[:200]]
+    documents = [
+        {"_id": f"d{i}", "title": v, "text": f"{n} --{p} {v[:2]}{n[:2]}{i % 7}"}
+        for i, (v, n, p) in enumerate(triples)
+    ]
+    splits = {
+        "train": range(120),
+        "seen": range(20, 40),
+        "unseen": range(140, 160),
+        "validation": range(160, 180),
+    }
+    queries, qrels = [], {}
+    for split, rows in splits.items():
+        qrels[split] = []
+        for row in rows:
+            words = [SYNONYMS.get(w, w) for w in triples[row]]
+            start = {"train": "please", "seen": "how to"}.get(split, "I want to")
+            query = f"{split}{row}"
+            queries.append({"_id": query, "text": f"{start} {words[0]} the {words[1]} {words[2]}"})
+            qrels[split].append((query, f"d{row}"))
+            if split == "train" and row % 10 == 0:
+                qrels[split].append((query, f"d{row + 1}"))
+    (folder / "qrels").mkdir(parents=True)
+    for name, lines in (("corpus", documents), ("queries", queries)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    for split, pairs in qrels.items():
+        text = "query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{d}\t1\n" for q, d in pairs)
+        (folder / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def flags(folder: pathlib.Path, file: str = "rl", **changes) -> list[str]:
+    """The command line of a micro run on a data set of `write_dataset` that lies in `folder`/data.
+
+    `changes` are dotted keys with __ for the dot: rl__steps=3.
+    """
+    values = MICRO | {"data.path": folder / "data", "data.cache": folder / "cache"}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    values = {k: v for k, v in values.items() if file == "rl" or not k.startswith(("rl.", "index."))}
+    return [f"--config={ROOT / 'configs' / file}.py", *(f"--config.{k}={v}" for k, v in values.items())]
+
+
+def config(folder: pathlib.Path, file: str = "rl", **changes) -> ConfigDict:
+    """The config of `flags`."""
+    return run_config.parse(flags(folder, file, **changes), "r3jax.train").config
+
+
+def parts(
+    folder: pathlib.Path, mesh: tuple[int, int, int] = (1, 1, 1), file: str = "rl", **changes
+) -> Parts:
+    """The parts of a micro run on a (data, fsdp, tensor) mesh of the first devices; the tokenizer is shared."""
+    if not (folder / "data").exists():
+        write_dataset(folder / "data")
+    devices = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+    return assembly.parts(config(folder, file, **changes), folder / "run", devices)
+
+
+def run_python(*argv: str, devices: int = 1, **kwargs) -> subprocess.Popen:
+    """Starts `python argv...` at the repository's root, seeing so many fake devices."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": XLA_CACHE}
+    return subprocess.Popen(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
