@@ -1,0 +1,185 @@
+"""The decoder against transformers' Qwen2ForCausalLM; cache, padding, causality, scan and remat by their properties."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from r3jax.model import params as model_params
+from r3jax.model.qwen2 import (
+    Block,
+    Decoder,
+    KVCache,
+    RMSNorm,
+    decode_step,
+    hidden_states,
+    logits,
+    parameter_table,
+    right_padded,
+    unstack,
+)
+from tests.tiny_model import padded, reference, sizes, state_dict, weights
+
+SHAPES = {
+    "gqa-7-to-1-tied": sizes(heads=14, kv_heads=2),
+    "gqa-7-to-1-untied": sizes(heads=14, kv_heads=2, width=56, head_dim=4, layers=1, tied=False),
+    "mha-untied": sizes(heads=4, kv_heads=4, tied=False, layers=3),
+    "one-kv-head": sizes(heads=3, kv_heads=1, rope_theta=1e4, norm_eps=1e-2),
+}
+run = jax.jit(hidden_states, static_argnames="config")
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
+def test_equals_transformers(config):
+    model = reference(config)
+    params = model_params.from_hugging_face(state_dict(model), config)
+    tokens, lengths = padded(np.random.default_rng(0), [9, 4, 1], 9, config.vocab)
+    hidden = run(params, config, tokens, lengths)
+    mask = np.arange(9) < lengths[:, None]
+    with torch.no_grad():
+        want = model(
+            torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(mask, dtype=torch.long),
+            output_hidden_states=True,
+        )
+    np.testing.assert_allclose(hidden[mask], want.hidden_states[-1].numpy()[mask], atol=1e-4)
+    np.testing.assert_allclose(logits(params, config, hidden)[mask], want.logits.numpy()[mask], atol=1e-4)
+
+
+def test_bfloat16_stays_near_float32_and_keeps_fp32_logits():
+    config = sizes()
+    params = weights(config)
+    tokens, lengths = padded(np.random.default_rng(0), [9, 4, 1], 9, config.vocab)
+    low = dataclasses.replace(config, compute_dtype="bfloat16")
+    rough, fine = run(params, low, tokens, lengths), run(params, config, tokens, lengths)
+    assert rough.dtype == jnp.bfloat16 and logits(params, low, rough).dtype == jnp.float32
+    error = np.abs(np.asarray(rough, np.float32) - fine) / np.std(fine)
+    assert 1e-4 < np.mean(error) < 0.03
+
+
+def test_left_and_right_padding_agree():
+    config = sizes()
+    params = weights(config)
+    rng, width = np.random.default_rng(0), 9
+    tokens, lengths = padded(rng, [9, 4, 1], width, config.vocab)
+    right = run(params, config, tokens, lengths)
+    left_tokens = rng.integers(0, config.vocab, tokens.shape, dtype=np.int32)
+    for i, n in enumerate(lengths):
+        left_tokens[i, width - n :] = tokens[i, :n]
+    positions = np.maximum(np.arange(width) - (width - lengths[:, None]), 0)
+    valid = np.arange(width) >= width - lengths[:, None]
+    left, _ = jax.jit(Decoder(config).apply)({"params": params}, left_tokens, positions, valid)
+    assert np.isfinite(left).all()
+    for i, n in enumerate(lengths):
+        np.testing.assert_allclose(left[i, width - n :], right[i, :n], atol=1e-5)
+
+
+def test_cached_decoding_equals_the_full_forward():
+    config = sizes(layers=3)
+    params = weights(config)
+    rng = np.random.default_rng(0)
+    group, steps = 2, 5
+    prompts, lengths = padded(rng, [6, 2], 6, config.vocab)
+    new = rng.integers(0, config.vocab, (2, group, steps), dtype=np.int32)
+
+    positions, valid = right_padded(lengths, 6)
+    _, (k, v) = jax.jit(Decoder(config).apply)({"params": params}, prompts, positions, valid)
+    # What lies in slots not yet written must not matter.
+    junk = tuple(jnp.full((2, group, steps, *k.shape[3:]), 7.0) for _ in range(config.layers))
+    cache = KVCache(prompt_k=tuple(k), prompt_v=tuple(v), prompt_valid=valid, new_k=junk, new_v=junk)
+    step = jax.jit(partial(decode_step, unstack(params, config), config))
+    found = []
+    for slot in range(steps):
+        place = jnp.broadcast_to(lengths[:, None] + slot, (2, group))
+        hidden, cache = step(new[..., slot], place, cache, slot)
+        found.append(hidden)
+
+    for i, n in enumerate(lengths):
+        rows = np.concatenate([np.tile(prompts[i, :n], (group, 1)), new[i]], axis=1)
+        full = run(params, config, rows, np.full(group, rows.shape[1]))
+        np.testing.assert_allclose(np.stack(found, 2)[i], full[:, n:], atol=1e-5)
+
+
+def test_causality_and_padding_by_gradient():
+    """Each token of a row is another row of the table, so the table's gradient tells who was looked at."""
+    config = sizes(tied=False)
+    params = weights(config)
+    tokens = np.arange(8, dtype=np.int32)[None]
+    mix = np.random.default_rng(0).normal(size=config.width)
+
+    def outputs(table, lengths):
+        changed = params | {"embed": {"table": table}}
+        return hidden_states(changed, config, tokens, lengths)[0] @ mix
+
+    seen = jax.jit(jax.jacrev(outputs))
+    for length in (8, 5):
+        touched = np.abs(seen(params["embed"]["table"], np.array([length]))[:, :8]).max(-1) > 0
+        want = np.tril(np.ones((8, 8), bool))
+        np.testing.assert_array_equal(touched[:length], want[:length])
+
+
+def test_a_row_without_tokens_stays_finite():
+    config = sizes()
+
+    def total(params):
+        return hidden_states(params, config, np.zeros((2, 4), np.int32), np.array([0, 4])).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(weights(config))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradient)))
+
+
+def test_scanned_layers_equal_a_loop_of_blocks():
+    config = sizes(layers=3)
+    params = weights(config)
+    tokens, lengths = padded(np.random.default_rng(0), [6, 3], 6, config.vocab)
+    positions, valid = right_padded(lengths, 6)
+    mask = jnp.tril(jnp.ones((6, 6), bool)) & valid[:, None]
+    layers = unstack(params, config)["layers"]
+    assert len(layers) == 3
+
+    @jax.jit
+    def loop(x):
+        for layer in layers:
+            x, _ = Block(config).apply({"params": layer}, x, positions, mask)
+        return RMSNorm(config).apply({"params": params["final_norm"]}, x)
+
+    want = loop(params["embed"]["table"][tokens])
+    np.testing.assert_allclose(run(params, config, tokens, lengths), want, atol=1e-5)
+
+
+def test_remat_saves_less_and_changes_no_value():
+    tokens, lengths = padded(np.random.default_rng(0), [12, 7], 12, 24)
+
+    def total(config, params):
+        return (hidden_states(params, config, tokens, lengths) ** 2)[0].sum()
+
+    saved, results = {}, {}
+    for remat in ("none", "dots", "full"):
+        config = sizes(remat=remat)
+        params = weights(config)
+        f = partial(total, config)
+        kept = jax.eval_shape(lambda p, f=f: jax.vjp(f, p)[1], params)
+        saved[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+        results[remat] = jax.jit(jax.value_and_grad(f))(params)
+    assert saved["full"] < 0.8 * saved["dots"] < 0.8 * 0.8 * saved["none"], saved
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), results[remat], results["none"]
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_parameter_table_is_what_the_decoder_creates(tied):
+    config = sizes(tied=tied)
+    args = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), bool)
+    made = jax.eval_shape(Decoder(config).init, jax.random.key(0), *args)["params"]
+    shapes = {name: leaf.shape for name, leaf in model_params.flatten(made).items()}
+    table = {name: shape for name, (shape, _) in parameter_table(config).items()}
+    if not tied:  # the unembedding is used outside the module, by `logits`
+        assert table.pop("unembed/table") == (config.vocab, config.width)
+    assert shapes == table
+    assert all(len(shape) == len(axes) for shape, axes in parameter_table(config).values())
