@@ -45,8 +45,6 @@ def pad(
     tokens = np.zeros((count, length), np.int32)
     lengths = np.ones(count, np.int32)
     for i, row in enumerate(rows):
-        if not len(row):
-            raise ValueError(f"rows: row {i} is empty, so it has no last token")
         tokens[i, : len(row)] = row
         lengths[i] = len(row)
     return tokens, lengths
@@ -71,11 +69,13 @@ def encode_rows(
     """Unit vectors [N, D] of tokenised rows, in their order.
 
     Rows are grouped by length into a few padded shapes, so each shape compiles once. `on_batch` is told how
-    many rows were done. One batch is prepared while the device works on the last.
+    many rows were done. One batch is prepared while the device works on the last. Rows must not be empty.
     """
     parts = batch_parts(mesh)
     batch_size = -(-batch_size // parts) * parts
     order = np.argsort([len(r) for r in rows], kind="stable")
+    if len(order) and not len(rows[order[0]]):
+        raise ValueError(f"rows: row {order[0]} is empty, so it has no last token")
     result = np.empty((len(rows), config.width), np.float32)
     waiting = None
     for start in range(0, len(order), batch_size):
