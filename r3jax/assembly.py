@@ -13,7 +13,7 @@ from r3jax.errors import UserError
 from r3jax.model import params as model_params
 from r3jax.model.encoder import encode_rows
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sharding import make_mesh
+from r3jax.model.sharding import batch_parts, make_mesh
 from r3jax.results.conditions import Reader
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
@@ -27,26 +27,45 @@ from r3jax.text.prompts import ChatFormat, Prompts
 
 BEST_KEY = "ndcg@10/reasoning"  # on the validation split
 # What may differ between the command that began a run and the one that goes on with it.
-FREE = ("name", "log", "checkpoint", "init_from")
+FREE = ("name", "log.", "checkpoint.", "xla_cache", "data.cache")
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Saves the config beside a new run; refuses a folder that holds a run with another one."""
+def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
+    """Saves the config in the run's folder; True if a run has begun there, which has then the same config.
+
+    Raises UserError for another run's folder and for one that cannot be written. A run has begun with its
+    first checkpoint: whoever mends a mistake before that may use the folder again.
+    """
     path = workdir / run_config.SAVED_NAME
-    if path.exists():
+    begun = _trained(workdir) is not None
+    if begun:
         old = dict(run_config.leaves(run_config.load_saved(path)))
         new = dict(run_config.leaves(config))
         for key in sorted(old.keys() | new.keys()):
-            if key.split(".")[0] not in FREE and old.get(key) != new.get(key):
+            if not key.startswith(FREE) and old.get(key) != new.get(key):
                 raise UserError(
-                    f"--workdir: {workdir} holds a run with config.{key}={old.get(key)!r}, not {new.get(key)!r}; "
-                    "name another --workdir or remove that folder."
+                    f"--workdir: {workdir} holds a run with config.{key}={old.get(key)!r}, "
+                    f"not {new.get(key)!r}; name another --workdir or remove that folder."
                 )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_config.save(config, path)
     except OSError as e:
         raise UserError(f"--workdir: cannot write to {workdir}: {e.strerror}; name another folder.") from None
+    return begun
+
+
+def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for a batch that the mesh and gradient caching cannot split evenly."""
+    parts = batch_parts(mesh)
+    for stage, field in (("sft", "batch_size"), ("rl", "prompts")):
+        if stage in config:
+            size, chunks = config[stage][field], config[stage].chunks
+            if size % (parts * chunks):
+                raise UserError(
+                    f"config.{stage}.{field}={size} must be a multiple of {parts * chunks}, for the mesh has "
+                    f"{parts} parts (data x fsdp) and config.{stage}.chunks is {chunks}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +76,18 @@ class Parts:
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     dataset: beir.Dataset
-    thoughts: dict[str, str]
     chat: ChatFormat
     model: ModelConfig
+
+    @functools.cached_property
+    def source(self) -> store.TrainingSource:
+        """The training records, written to the cache once; thoughts that are made for them go to the run."""
+        d = self.config.data
+        found = self.dataset.thoughts
+        if not found and d.thought_terms:
+            found = thoughts.build(self.dataset, max_terms=d.thought_terms, split=d.train_split)
+            thoughts.write(found, self.workdir / "thoughts.jsonl")
+        return store.training_source(self.dataset, d.train_split, pathlib.Path(d.cache), found)
 
     @functools.cached_property
     def documents(self) -> list[list[int]]:
@@ -97,21 +125,32 @@ class Parts:
             return model_params.init(self.model, self.mesh, self.config.seed, self.chat.tokenizer.embed_id)
         folder = pathlib.Path(source)
         if (folder / "checkpoints").is_dir():
-            return load_params(folder, self.model, self.mesh)
+            return load_params(folder, self.model, self.mesh, trained_stage(folder))
         return model_params.load_hugging_face(folder, self.model, self.mesh, self.chat.tokenizer.embed_id)
 
 
-def parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh, data: str | None = None) -> Parts:
-    """Reads the data set and the tokenizer (built once, kept with the run), and fixes the model's sizes."""
+def parts(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    data: str | None = None,
+    begun: bool = True,
+) -> Parts:
+    """Reads the data set and the tokenizer, and fixes the model's sizes.
+
+    `data` is another data set's folder than the config's. The tokenizer is built once and kept with the run;
+    `begun` False builds it anew, for the kept one may be of another config.
+    """
     d = config.data
     dataset = beir.load(data or d.path, on_error=d.on_error)
-    tokenizer = _tokenizer(config, workdir, dataset)
+    if "rl" in config and not data and len(dataset.doc_ids) < config.rl.reward.k:
+        raise UserError(
+            f"config.rl.reward.k={config.rl.reward.k} must not exceed the {len(dataset.doc_ids)} documents "
+            f"of {d.path}."
+        )
+    tokenizer = _tokenizer(config, workdir, dataset, begun)
     chat = ChatFormat(tokenizer, Prompts(**config.prompts))
-    found = dataset.thoughts
-    if not found and d.thought_terms and not data:
-        found = thoughts.build(dataset, max_terms=d.thought_terms, split=d.train_split)
-        thoughts.write(found, workdir / "thoughts.jsonl")
-    return Parts(config, workdir, mesh, dataset, found, chat, _model_config(config, tokenizer))
+    return Parts(config, workdir, mesh, dataset, chat, _model_config(config, tokenizer))
 
 
 def mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -119,21 +158,33 @@ def mesh(config: ConfigDict) -> jax.sharding.Mesh:
     return make_mesh(m.data, m.fsdp, m.tensor)
 
 
-def load_params(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, stage: str | None = None):
-    """The best (by validation) weights of a run's last stage, or of the stage named."""
-    names = [stage] if stage else ["rl", "sft"]
-    for name in names:
-        folder = run / "checkpoints" / name
-        if folder.is_dir():
-            checkpointer = Checkpointer(folder, keep_last=1, best_key=BEST_KEY, read_only=True)
-            step = checkpointer.best() or checkpointer.latest()
-            if step is not None:
-                target = {"params": model_params.abstract(model, mesh)}
-                state, _ = checkpointer.restore(step, {"train": target}, partial=True)
-                checkpointer.close()
-                return state["train"]["params"]
-            checkpointer.close()
-    raise UserError(f"{run} holds no checkpoint of {' or '.join(names)}; train it first or name another run.")
+def trained_stage(run: pathlib.Path) -> str:
+    """The last stage of a run that has a checkpoint; UserError if none has."""
+    stage = _trained(run)
+    if stage is None:
+        raise UserError(f"{run} holds no checkpoint; train it first or name another run.")
+    return stage
+
+
+def _trained(run: pathlib.Path) -> str | None:
+    for stage in ("rl", "sft"):
+        # A checkpoint that is being written has a longer name than its step.
+        if any(step.name.isdigit() for step in (run / "checkpoints" / stage).glob("*")):
+            return stage
+    return None
+
+
+def load_params(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, stage: str):
+    """The best (by validation) weights of a stage of a run."""
+    folder = run / "checkpoints" / stage
+    checkpointer = Checkpointer(folder, keep_last=1, best_key=BEST_KEY, read_only=True)
+    step = checkpointer.best() or checkpointer.latest()
+    if step is None:
+        raise UserError(f"{run} holds no checkpoint of {stage}; train it first or name another run.")
+    target = {"params": model_params.abstract(model, mesh)}
+    state, _ = checkpointer.restore(step, {"train": target}, partial=True)
+    checkpointer.close()
+    return state["train"]["params"]
 
 
 def make_stage(name: str, p: Parts, start) -> Stage:
@@ -165,20 +216,14 @@ def _optimiser(name: str, config: ConfigDict):
     return tx, c.kl_weight > 0
 
 
-def _source(p: Parts):
-    d = p.config.data
-    return store.training_source(p.dataset, d.train_split, pathlib.Path(d.cache), p.thoughts)
-
-
 def _sft(p: Parts, start) -> Stage:
     c = p.config
-    source = _source(p)
     tx, _ = _optimiser("sft", c)
     negatives = bm25_neighbours(p.dataset, c.data.train_split) if c.data.hard_negatives else None
     return sft.SFT(
-        source=source,
+        source=p.source,
         transform=sft.PairTransform(
-            source, p.dataset, p.chat, p.lengths, c.sft.corrupt_thoughts, negatives
+            p.source, p.dataset, p.chat, p.lengths, c.sft.corrupt_thoughts, negatives
         ),
         chat=p.chat,
         model=p.model,
@@ -189,9 +234,7 @@ def _sft(p: Parts, start) -> Stage:
         chunks=c.sft.chunks,
         seed=c.seed,
         workers=c.data.workers,
-        weights=sft.Weights(
-            c.sft.ce_weight, c.sft.kl_weight, c.sft.infonce_weight, c.sft.triplet_weight
-        ),
+        weights=sft.Weights(c.sft.ce_weight, c.sft.kl_weight, c.sft.infonce_weight, c.sft.triplet_weight),
         temperature=c.sft.temperature,
         margin=c.sft.margin,
     )
@@ -223,7 +266,7 @@ def _rl(p: Parts, start) -> Stage:
         vectors[:, 0] = 1
     index = VersionedIndex.build(vectors, 0, c.index.kind if start is not None else "exact")
     return rl.RL(
-        source=_source(p),
+        source=p.source,
         queries=p.dataset.query_texts,
         documents=p.documents,
         chat=p.chat,
@@ -255,9 +298,9 @@ def _rl(p: Parts, start) -> Stage:
     )
 
 
-def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset):
+def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset, begun: bool):
     kept = workdir / "tokenizer"
-    if (kept / "tokenizer.json").is_file():
+    if begun and (kept / "tokenizer.json").is_file():
         return tokenizers.load(kept)
     source = config.tokenizer.path or config.init_from
     if source:
@@ -266,7 +309,7 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset)
     else:
         rows = [dataset.query_row[q] for q in dataset.positives(config.data.train_split)]
         texts = [dataset.query_texts[r] for r in rows] + dataset.doc_texts
-        # The prompts are read with every text: count them as often, so that their words become one token each.
+        # The prompts are read with every text: count them often, so that their words become one token each.
         words = [config.prompts.direct_system, config.prompts.reasoning_system]
         tokenizer = tokenizers.train_bpe(texts + words * (len(texts) // 10), config.tokenizer.vocab_size)
     tokenizer.save(kept)
@@ -277,6 +320,6 @@ def _model_config(config: ConfigDict, tokenizer) -> ModelConfig:
     model = ModelConfig(**config.model)
     if tokenizer.size > model.vocab:
         raise UserError(
-            f"config.model.vocab={model.vocab} is smaller than the tokenizer's {tokenizer.size} ids; raise it."
+            f"config.model.vocab={model.vocab} must be at least the tokenizer's {tokenizer.size} ids."
         )
     return model

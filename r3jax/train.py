@@ -1,4 +1,6 @@
-"""Trains a reasoning embedder: python -m r3jax.train --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...]
+"""Trains a reasoning embedder.
+
+    python -m r3jax.train --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...]
 
 One loop for both stages. A run that was stopped goes on, bit for bit, when the same command is given again.
 """
@@ -13,6 +15,7 @@ import numpy as np
 
 from r3jax import assembly
 from r3jax.assembly import BEST_KEY, Parts
+from r3jax.errors import UserError
 from r3jax.results import table
 from r3jax.results.comparison import compare, refresh_figures
 from r3jax.results.conditions import evaluate
@@ -20,7 +23,7 @@ from r3jax.results.report import write_report
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.config import run_main
-from r3jax.run.log import RunLog
+from r3jax.run.log import RunLog, quiet_libraries
 from r3jax.search.index import VersionedIndex
 from r3jax.stages.state import Stage, TrainState
 
@@ -29,8 +32,10 @@ def main(argv: list[str]) -> None:
     # Config
     parsed = run_config.parse(argv, "r3jax.train")
     config, workdir = parsed.config, parsed.workdir
+    quiet_libraries()
     run_config.validate(config)
-    assembly.claim(workdir, config)
+    plan = stages_of(config)
+    resuming = assembly.claim(workdir, config)
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     clock = {"start": time.time(), "before": 0.0}
@@ -38,10 +43,11 @@ def main(argv: list[str]) -> None:
     # Mesh, input, model
     mesh = assembly.mesh(config)
     with jax.set_mesh(mesh):
-        parts = assembly.parts(config, workdir, mesh)
+        assembly.check_batches(config, mesh)
+        parts = assembly.parts(config, workdir, mesh, begun=resuming)
+        parts.source  # noqa: B018  written now, so that a cache that cannot be written is no surprise later
 
         # Stages: those done are passed over, the one that was stopped is resumed
-        plan = [name for name in ("sft", "rl") if name in config and not (name == "sft" and skips_sft(config))]
         checkpointers = {
             name: Checkpointer(workdir / "checkpoints" / name, config.checkpoint.keep, best_key=BEST_KEY)
             for name in plan
@@ -61,8 +67,15 @@ def main(argv: list[str]) -> None:
                 log = RunLog(workdir, resume_offset=meta["log"])
                 log.say(f"stage {name}: going on from step {int(state.step)} of {stage.steps}")
             else:
-                start = assembly.load_params(workdir, parts.model, mesh, plan[i - 1]) if i else parts.initial_params()
-                stage, state = assembly.make_stage(name, parts, start), assembly.first_state(name, parts, start)
+                start = (
+                    assembly.load_params(workdir, parts.model, mesh, plan[i - 1])
+                    if i
+                    else parts.initial_params()
+                )
+                stage, state = (
+                    assembly.make_stage(name, parts, start),
+                    assembly.first_state(name, parts, start),
+                )
                 log = log or RunLog(workdir)
                 log.say(announce(name, plan, parts, stage))
                 del start
@@ -75,7 +88,12 @@ def main(argv: list[str]) -> None:
         log.say("evaluating every stage's best weights (by validation) on the held-out splits")
         begin = time.time()
         models = (
-            (name, assembly.load_params(workdir, parts.model, mesh, name) if name != "untrained" else parts.initial_params())
+            (
+                name,
+                assembly.load_params(workdir, parts.model, mesh, name)
+                if name != "untrained"
+                else parts.initial_params(),
+            )
             for name in ("untrained", *plan)
         )
         outcome = compare(
@@ -95,9 +113,15 @@ def main(argv: list[str]) -> None:
     print(f"report: {write_report(workdir)}")
 
 
-def skips_sft(config) -> bool:
-    """With a checkpoint given, a config of both stages starts at the second."""
-    return bool(config.init_from) and "rl" in config
+def stages_of(config) -> list[str]:
+    """The stages to run: those with steps; with a checkpoint given, a config of both starts at the second."""
+    plan = [name for name in ("sft", "rl") if name in config and config[name].steps]
+    if config.init_from and "rl" in plan:
+        plan = ["rl"]
+    if not plan:
+        fields = " and ".join(f"config.{name}.steps" for name in ("sft", "rl") if name in config)
+        raise UserError(f"{fields} leave nothing to train; set a number of steps above 0.")
+    return plan
 
 
 def announce(name: str, plan: list[str], parts: Parts, stage: Stage) -> str:
@@ -107,7 +131,8 @@ def announce(name: str, plan: list[str], parts: Parts, stage: Stage) -> str:
         lines.insert(
             0,
             f"{data.name}: {len(data.doc_ids):,} documents, {len(data.query_ids):,} queries; "
-            f"model: {m.layers} layers, width {m.width}, vocabulary {m.vocab:,}; mesh {dict(parts.mesh.shape)}",
+            f"model: {m.layers} layers, width {m.width}, vocabulary {m.vocab:,}; "
+            f"mesh {dict(parts.mesh.shape)}",
         )
         if data.skipped:
             lines.insert(1, f"{len(data.skipped)} bad lines dropped, the first: {data.skipped[0]}")
@@ -161,8 +186,11 @@ def report(log: RunLog, progress, stage: Stage, config, step: int, numbers: dict
     figures = numbers | jax.device_get(metrics)
     if "tokens" in figures:
         figures["tokens_per_second"] = figures.pop("tokens") / figures["time/step"]
-    keys = ("loss", "loss/infonce", "loss/ce") if stage.name == "sft" else (
-        "reward/mean", "completion/length_mean", "completion/token_rate", "index/share")
+    keys = (
+        ("loss", "loss/infonce", "loss/ce")
+        if stage.name == "sft"
+        else ("reward/mean", "completion/length_mean", "completion/token_rate", "index/share")
+    )
     progress.update(step, {key: float(figures[key]) for key in keys if key in figures})
     if stage.name == "rl" or step % config.log.every == 0 or step == stage.steps:
         log.write(stage.name, step, figures)

@@ -1,4 +1,4 @@
-"""A data set small enough for tests, the smallest config that trains on it, and the parts of a run built from both."""
+"""A data set small enough for tests, the smallest config that trains on it, and the parts of such a run."""
 
 import json
 import os
@@ -17,9 +17,35 @@ from r3jax.run import config as run_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 XLA_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
-VERBS = "show list copy move delete rename count sort print merge split compress".split()
-NOUNS = "file folder image log user disk process network branch package table key".split()
-PLACES = "quietly recursively remotely twice".split()
+VERBS = (
+    "show",
+    "list",
+    "copy",
+    "move",
+    "delete",
+    "rename",
+    "count",
+    "sort",
+    "print",
+    "merge",
+    "split",
+    "zip",
+)
+NOUNS = (
+    "file",
+    "folder",
+    "image",
+    "log",
+    "user",
+    "disk",
+    "process",
+    "branch",
+    "package",
+    "table",
+    "key",
+    "job",
+)
+PLACES = ("quietly", "recursively", "remotely", "twice")
 SYNONYMS = {"show": "display", "delete": "remove", "folder": "directory", "image": "picture"}
 
 # The default's architecture and every mechanism of the default run, in seconds.
@@ -118,10 +144,8 @@ def config(folder: pathlib.Path, file: str = "rl", **changes) -> ConfigDict:
     return run_config.parse(flags(folder, file, **changes), "r3jax.train").config
 
 
-def parts(
-    folder: pathlib.Path, mesh: tuple[int, int, int] = (1, 1, 1), file: str = "rl", **changes
-) -> Parts:
-    """The parts of a micro run on a (data, fsdp, tensor) mesh of the first devices; the tokenizer is shared."""
+def parts(folder: pathlib.Path, mesh: tuple[int, int, int] = (1, 1, 1), file: str = "rl", **changes) -> Parts:
+    """The parts of a micro run on a (data, fsdp, tensor) mesh of the first devices."""
     if not (folder / "data").exists():
         write_dataset(folder / "data")
     devices = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])

@@ -7,6 +7,7 @@ not. On a terminal the progress is a live bar; elsewhere (CI, nohup) it is a pla
 
 import collections
 import json
+import logging
 import math
 import pathlib
 import time
@@ -24,6 +25,15 @@ METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
 PLAIN_SHARE, PLAIN_SECONDS = 0.1, 60.0  # a plain line for each tenth of the steps, and each minute
 ETA_WINDOW = 20  # the last steps' mean time gives the ETA, so that the first compilation does not spoil it
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to this module: of other libraries' messages only errors are shown.
+
+    For entry points, once all is imported (bm25s sets its own level then).
+    """
+    for name in ("absl", "bm25s"):  # orbax, grain and tfds log through absl
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class RunLog:

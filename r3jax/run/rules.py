@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from r3jax.errors import UserError
+from r3jax.model.qwen2 import REMAT
 from r3jax.rl.algorithms import ADVANTAGES, KLS, NORMALISERS, RATIOS
+from r3jax.rl.rewards import REWARDS
 from r3jax.search.index import KINDS
 from r3jax.search.refresh import POLICIES
 
@@ -47,13 +49,37 @@ def _has(name: str) -> Callable[[str], bool]:
 
 
 def _has_split(path: str, split: str) -> bool:
-    return (pathlib.Path(path) / "qrels" / f"{split}.tsv").is_file()
+    return bool(split) and (pathlib.Path(path) / "qrels" / f"{split}.tsv").is_file()
+
+
+def _has_weights(path: str) -> bool:
+    folder = pathlib.Path(path)
+    return (folder / "checkpoints").is_dir() or any(folder.glob("*.safetensors"))
+
+
+def _has_tokenizer(path: str) -> bool:
+    """As a run of ours keeps it, or as a Hugging Face folder does."""
+    return _has("tokenizer/tokenizer.json")(path) or _has("tokenizer.json")(path)
 
 
 RULES: list[Rule] = [
     Rule(("name",), lambda v: bool(v) and "/" not in v, "must be a name without a slash, not {0!r}"),
     *at_least(0, "seed"),
-    Rule(("init_from",), lambda v: not v or pathlib.Path(v).exists(), "names {0!r}, which does not exist"),
+    Rule(
+        ("init_from",),
+        lambda v: not v or pathlib.Path(v).is_dir(),
+        "names {0!r}, which does not exist; give the folder of a run or of a Hugging Face checkpoint",
+    ),
+    Rule(
+        ("init_from",),
+        lambda v: not v or _has_weights(v),
+        "names {0!r}, which holds neither checkpoints/ (a run) nor *.safetensors (a Hugging Face checkpoint)",
+    ),
+    Rule(
+        ("init_from", "tokenizer.path"),
+        lambda v, own: not v or own or _has_tokenizer(v),
+        "names {0!r}, which holds no tokenizer.json; set config.tokenizer.path to a folder that does",
+    ),
     # data
     Rule(("data.path",), lambda v: pathlib.Path(v).is_dir(), "names {0!r}, which is not a folder"),
     Rule(
@@ -74,9 +100,10 @@ RULES: list[Rule] = [
     ),
     Rule(
         ("data.validation_split", "data.path"),
-        lambda s, p: not s or _has_split(p, s),
+        lambda s, p: _has_split(p, s),
         "is {0!r}, but {1}/qrels/{0}.tsv is not there",
     ),
+    Rule(("data.eval_splits",), lambda splits: len(splits) > 0, "must name at least one split of data.path"),
     Rule(
         ("data.eval_splits", "data.path"),
         lambda splits, p: all(_has_split(p, s) for s in splits),
@@ -87,12 +114,14 @@ RULES: list[Rule] = [
         lambda train, held_out: train not in held_out,
         "is {0!r}, which data.eval_splits holds too; an evaluation on training queries shows nothing",
     ),
-    *at_least(1, "data.max_query_tokens", "data.max_doc_tokens"),
-    *at_least(0, "data.workers"),
+    *at_least(1, "data.max_query_tokens", "data.max_doc_tokens", "data.max_thought_tokens"),
+    *at_least(0, "data.workers", "data.thought_terms"),
     # tokenizer: 256 bytes and a handful of special tokens are the least that a byte-level BPE can have
     *at_least(300, "tokenizer.vocab_size"),
     Rule(
-        ("tokenizer.path",), lambda v: not v or pathlib.Path(v).exists(), "names {0!r}, which does not exist"
+        ("tokenizer.path",),
+        lambda v: not v or _has_tokenizer(v),
+        "names {0!r}, which is not a folder with a tokenizer.json",
     ),
     # model
     *at_least(
@@ -113,6 +142,7 @@ RULES: list[Rule] = [
     ),
     *one_of("model.compute_dtype", "float32", "bfloat16"),
     *one_of("model.param_dtype", "float32", "bfloat16"),
+    *one_of("model.remat", *REMAT),
     # mesh
     *[
         Rule((f,), lambda v: v == -1 or v >= 1, "must be at least 1, or -1 for all devices left, not {0}")
@@ -129,6 +159,7 @@ RULES: list[Rule] = [
         "({0}) must divide model.kv_heads ({1}), for a head is never cut",
     ),
     # stage 1
+    *at_least(1, "sft.chunks"),
     *at_least(0, "sft.steps", "sft.warmup", "sft.weight_decay", "sft.margin"),
     *at_least(2, "sft.batch_size", why=", for the other queries' documents are the negatives"),
     *above(0, "sft.learning_rate", "sft.clip_norm", "sft.temperature"),
@@ -141,9 +172,10 @@ RULES: list[Rule] = [
     *between(0, 1, "sft.corrupt_thoughts"),
     # stage 2
     *at_least(0, "rl.steps", "rl.warmup", "rl.weight_decay"),
-    *at_least(1, "rl.prompts", "rl.max_new_tokens", "rl.reward.k"),
+    *at_least(1, "rl.prompts", "rl.chunks", "rl.max_new_tokens", "rl.reward.k"),
+    *at_least(0, "rl.probe_every"),
     *at_least(2, "rl.group_size", why=", for an advantage compares completions of the same query"),
-    *above(0, "rl.temperature", "rl.learning_rate", "rl.clip_norm"),
+    *above(0, "rl.temperature", "rl.learning_rate", "rl.clip_norm", "rl.contrastive_temperature"),
     Rule(
         ("rl.top_p",), lambda v: v == 1, "must be 1, for truncated sampling biases the policy ratio, not {0}"
     ),
@@ -157,6 +189,7 @@ RULES: list[Rule] = [
     *above(0, "rl.clip_low", "rl.clip_high"),
     Rule(("rl.clip_low",), lambda v: v < 1, "must be below 1, not {0}"),
     *at_least(0, "rl.kl_weight", "rl.contrastive_weight"),
+    *one_of("rl.reward.name", *REWARDS),
     *at_least(0, "rl.reward.retrieval", "rl.reward.format", "rl.reward.length", "rl.reward.min_tokens"),
     Rule(
         ("rl.reward.min_tokens", "rl.reward.max_tokens"),
@@ -171,7 +204,7 @@ RULES: list[Rule] = [
     # index
     *one_of("index.kind", *KINDS),
     *one_of("index.policy", *POLICIES),
-    *between(0, 1, "index.budget", "index.rebuild_below"),
+    *between(0, 1, "index.budget", "index.rebuild_below", "index.round_robin_share"),
     *at_least(0, "index.max_age", "index.probes"),
     *at_least(1, "index.over_retrieve"),
     Rule(
@@ -180,7 +213,7 @@ RULES: list[Rule] = [
         "({0} candidates) must be at least rl.reward.k ({1}), for the reward ranks the best k of them",
     ),
     # state and what the user sees
-    *at_least(1, "checkpoint.every", "checkpoint.keep", "log.every"),
+    *at_least(1, "checkpoint.every", "checkpoint.keep", "log.every", "evaluate.batch_size"),
     *at_least(0, "log.samples_every", "evaluate.every"),
 ]
 
