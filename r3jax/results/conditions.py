@@ -1,7 +1,7 @@
 """A model under conditions: how well it retrieves without reasoning, with its own, with none, with another's.
 
-Conditions of one model: `direct` (fixed answer), `reasoning` (its own greedy thought), and the controls `empty`
-(the reasoning prompt, no thought) and `shuffled` (the thought it wrote for the next query).
+Conditions of one model: `direct` (fixed answer), `reasoning` (its own greedy thought), and the controls
+`empty` (the reasoning prompt, no thought) and `shuffled` (the thought it wrote for the next query).
 """
 
 import dataclasses
@@ -86,9 +86,7 @@ class Reader:
         return Reasoned(thoughts, stacked, np.array(emitted))
 
     def _rows(self, params, rows, on_batch=None) -> np.ndarray:
-        return encode_rows(
-            params, self.model, self.mesh, rows, batch_size=self.batch_size, on_batch=on_batch
-        )
+        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, on_batch=on_batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +165,9 @@ def evaluate(
     return found
 
 
-def examples(dataset: Dataset, split: str, found: dict[str, Measured], count: int, hits: int = 5) -> list[dict]:
+def examples(
+    dataset: Dataset, split: str, found: dict[str, Measured], count: int, hits: int = 5
+) -> list[dict]:
     """The first `count` queries with their thought, and the top hits with and without it: for the page."""
     reasoned, direct = found["reasoning"], found["direct"]
     cards = []

@@ -1,6 +1,8 @@
-"""Stage 2: GRPO with a retrieval reward. Rollouts are sampled, embedded, searched and rewarded; the policy moves
-by the clipped gradient, held near the reference by a KL term, and its vectors by an optional InfoNCE over the
-rollouts (a policy gradient alone reaches the embedding only through shared weights).
+"""Stage 2: GRPO with a retrieval reward.
+
+Rollouts are sampled, embedded, searched and rewarded; the policy moves by the clipped gradient, held near the
+reference by a KL term, and its vectors by an optional InfoNCE over the rollouts (a policy gradient alone
+reaches the embedding only through shared weights).
 
 On-policy: one optimiser step per batch of rollouts, so the sampler's own log-probabilities serve as the old
 ones and none are recomputed.
@@ -230,9 +232,7 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
         return jnp.reshape(x, (flat, *x.shape[2:]), out_sharding=out(P(BATCH, *[None] * (x.ndim - 2))))
 
     def grouped(x):
-        return jnp.reshape(
-            x, (count, group, *x.shape[1:]), out_sharding=out(P(BATCH, *[None] * x.ndim))
-        )
+        return jnp.reshape(x, (count, group, *x.shape[1:]), out_sharding=out(P(BATCH, *[None] * x.ndim)))
 
     tokens, starts, lengths = rows(part["tokens"]), rows(part["starts"]), rows(part["lengths"])
     hidden = hidden_states(params, model, tokens, lengths)
@@ -241,9 +241,7 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
     result = {"logp": grouped(terms.logp), "entropy": grouped(terms.entropy)}
     if policy.kl_weight:
         ref_hidden = hidden_states(reference, model, tokens, lengths)
-        ref = answer_terms(
-            reference, model, ref_hidden, positions, targets, temperature=policy.temperature
-        )
+        ref = answer_terms(reference, model, ref_hidden, positions, targets, temperature=policy.temperature)
         result["ref_logp"] = grouped(jax.lax.stop_gradient(ref.logp))
     if policy.contrastive_weight:
         result["vectors"] = grouped(normalise(pool_last(hidden, lengths)))
