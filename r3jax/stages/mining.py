@@ -11,7 +11,8 @@ NEIGHBOURS = 16
 def bm25_neighbours(dataset: Dataset, split: str) -> np.ndarray:
     """Rows [N, NEIGHBOURS] of the documents most like each relevant document of a split.
 
-    -1 stands where there are none: in rows of documents that are not relevant, and at ends. The document itself is left out; which neighbours are relevant to a query is the caller's to check.
+    -1 stands where there are none, as in the rows of all other documents. The document itself is left out;
+    which neighbours are relevant to a query is the caller's to check.
     """
     relevant = sorted({row for rows in dataset.positives(split).values() for row in rows})
     table = np.full((len(dataset.doc_ids), NEIGHBOURS), -1, np.int32)
