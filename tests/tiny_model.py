@@ -25,7 +25,9 @@ def weights(config: ModelConfig, seed: int = 0) -> dict:
             draw *= 0.5
         elif name.endswith("scale"):
             draw = 1 + 0.2 * draw
-        elif not name.endswith("table"):
+        elif name.endswith("table"):
+            draw *= 0.4  # logits a few nats apart
+        else:
             draw *= config.width**-0.5
         flat[name] = draw.astype(config.param_dtype)
     return jax.tree.map(jax.numpy.asarray, model_params.unflatten(flat))
