@@ -27,7 +27,9 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "temperature": 0.05,  # ours; the paper's values are not known
             "margin": 0.2,  # ours
             # Share of thoughts replaced by another query's: the vector must not trust every thought.
-            "corrupt_thoughts": 0.3 if tiny else 0.0,
+            "corrupt_thoughts": 0.2 if tiny else 0.0,
+            # Share of pairs that are some words of a document and that document (inverse cloze task).
+            "pseudo_queries": 0.25 if tiny else 0.0,
         }
     )
     return config

@@ -1,10 +1,11 @@
-"""Supervised thoughts from relevant documents: a model trained from scratch must see first how to reason.
+"""Supervised thoughts for a model trained from scratch: it must see first how to reason.
 
-The rule knows nothing of any corpus. A document's terms are its words, flags (-x, --long) and the pieces of
-its paths and identifiers. Terms that are common in the corpus (stop words, placeholders) tell nothing; rare ones
-(names that a handful of documents hold) cannot be learnt from a handful of examples: with them a small model
-wrote 2 % of the names right, see docs/RESULTS.md. Of those between, the `max_terms` rarest are the most telling;
-they are written in document order.
+A thought is what the reasoning prompt of an Instruct model asks for, in its shortest form: the core concepts of the
+query (its rarest words, in its order), then key terms of its relevant document that the query does not have (its
+most telling ones, in its order). The rule knows nothing of any corpus. A document's terms are its words, flags
+(-x, --long) and the pieces of its paths and identifiers. Terms that are common in the corpus (stop words,
+placeholders) tell nothing; rare ones (names that a handful of documents hold) cannot be learnt from a handful of
+examples; the rarest of those between are the most telling.
 """
 
 import collections
@@ -12,38 +13,62 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 from r3jax.data.beir import Dataset
 
+COMMON_QUERY = 0.03  # share of queries above which a word is no concept
 COMMON = 0.06  # share of documents above which a term tells nothing
 RARE = 0.0006  # share of documents below which a term cannot be learnt
-_TERM = re.compile(r"(?<!\S)--?[^\W_]+(?:-[^\W_]+)*|[^\W_]+(?:-[^\W_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
+_TERM = re.compile(r"(?<!\S)--?[^\W_]+(?:-[^\W_]+)*|" + _WORD.pattern)
 
 
-def build(dataset: Dataset, *, max_terms: int, split: str = "train") -> dict[str, str]:
-    """Writes a thought for every query of a split from its (best graded, first named) relevant document.
+class Thinker:
+    """Writes thoughts: (query, relevant document) -> text. Counts words once, over a data set.
 
     Args:
-      dataset: documents and judgements; idf is taken over all its documents.
-      max_terms: at most so many terms per thought, at least 1.
-      split: the judgements to read; held-out answers must not become training targets.
-
-    Returns:
-      Query id → terms joined by single spaces. Queries whose document has no term at all are left out.
+      dataset: documents, and queries of `split`, over which frequencies are taken.
+      query_terms, document_terms: at most so many of each, at least 0 and not both 0.
+      split: the judgements whose queries count; held-out queries must not be looked at.
     """
-    if max_terms < 1:
-        raise ValueError(f"max_terms must be at least 1, not {max_terms}.")
-    frequency: collections.Counter[str] = collections.Counter()
-    for text in dataset.doc_texts:
-        frequency.update(_terms(text).keys())
-    count = len(dataset.doc_texts)
-    learnable = {term for term, n in frequency.items() if RARE * count <= n <= max(1, COMMON * count)}
-    thoughts = {}
+
+    def __init__(self, dataset: Dataset, *, query_terms: int, document_terms: int, split: str = "train"):
+        if min(query_terms, document_terms) < 0 or query_terms + document_terms == 0:
+            raise ValueError(
+                f"query_terms and document_terms must not be negative or both 0: {query_terms}, {document_terms}."
+            )
+        self.query_terms, self.document_terms = query_terms, document_terms
+        asked = [dataset.query_texts[dataset.query_row[q]] for q in dataset.positives(split)]
+        self._asked = _count(word.casefold() for text in asked for word in set(_WORD.findall(text)))
+        self._written = _count(term for text in dataset.doc_texts for term in _terms(text))
+        self._concept_below = max(1.0, COMMON_QUERY * len(asked))
+        size = len(dataset.doc_texts)
+        self._learnable = {t for t, n in self._written.items() if RARE * size <= n <= max(1, COMMON * size)}
+
+    def __call__(self, query: str, document: str) -> str:
+        """Concepts of the query, then telling terms of the document, joined by single spaces; may be empty."""
+        words = [w for w in dict.fromkeys(w.casefold() for w in _WORD.findall(query))]
+        concepts = [w for w in words if self._asked[w] < self._concept_below]
+        rarest = set(sorted(concepts, key=self._asked.__getitem__)[: self.query_terms])  # stable: by position
+        thought = [w for w in concepts if w in rarest]
+        terms = _terms(document)
+        telling = [t for t in terms if t in self._learnable and t not in rarest]
+        keep = set(sorted(telling, key=self._written.__getitem__)[: self.document_terms])
+        return " ".join(thought + [form for term, form in terms.items() if term in keep])
+
+
+def build(dataset: Dataset, thinker: Thinker, split: str = "train") -> dict[str, str]:
+    """A thought for every query of a split, from its (best graded, first named) relevant document.
+
+    Query id -> text; queries for which there is nothing to say are left out.
+    """
+    found = {}
     for query, rows in dataset.positives(split).items():
-        thought = _telling(dataset.doc_texts[rows[0]], frequency, learnable, max_terms)
+        thought = thinker(dataset.query_texts[dataset.query_row[query]], dataset.doc_texts[rows[0]])
         if thought:
-            thoughts[query] = thought
-    return thoughts
+            found[query] = thought
+    return found
 
 
 def write(thoughts: dict[str, str], path: str | pathlib.Path) -> None:
@@ -68,8 +93,5 @@ def _terms(text: str) -> dict[str, str]:
     return found
 
 
-def _telling(text: str, frequency: collections.Counter[str], learnable: set[str], max_terms: int) -> str:
-    terms = _terms(text)
-    telling = [key for key in terms if key in learnable] or list(terms)[:1]
-    keep = set(sorted(telling, key=frequency.__getitem__)[:max_terms])  # stable: ties by position
-    return " ".join(form for key, form in terms.items() if key in keep)
+def _count(items: Iterable[str]) -> collections.Counter[str]:
+    return collections.Counter(items)

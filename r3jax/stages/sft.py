@@ -8,6 +8,7 @@ Axes: B queries, H hard negatives per query, L length, D width, M = B (1 + H) do
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -58,15 +59,20 @@ class PairTransform:
         chat: ChatFormat,
         lengths: Lengths,
         corrupt_thoughts: float,
+        pseudo_queries: float = 0.0,
+        think: Callable[[str, str], str] | None = None,
         negatives: np.ndarray | None = None,
     ):
         self.source, self.chat, self.lengths = source, chat, lengths
         self.documents = dataset.doc_texts
         self.corrupt = corrupt_thoughts
+        self.pseudo, self.think = pseudo_queries, think
         self.negatives = negatives  # rows [N, H'], -1 where there are fewer: documents like document i
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         n, chat = self.lengths, self.chat
+        if rng.random() < self.pseudo:
+            record = self._pseudo(rng)
         positives = record["positives"]
         positive = positives[rng.integers(len(positives))]
         thought, gold = record["thought"], bool(record["thought"])
@@ -94,6 +100,19 @@ class PairTransform:
             "doc_rows": np.array(docs, np.int32),
             "known": known,
         }
+
+    def _pseudo(self, rng: np.random.Generator) -> dict:
+        """Some words of a random document as its query (inverse cloze task, Lee et al. 2019).
+
+        It teaches which words matter in documents that no training query asks for.
+        """
+        row = int(rng.integers(len(self.documents)))
+        words = np.array(self.documents[row].split())
+        kept = rng.random(len(words)) < rng.uniform(0.3, 0.8)
+        kept[rng.integers(len(words))] = True
+        query = " ".join(words[kept])
+        thought = self.think(query, self.documents[row]) if self.think else ""
+        return {"query": query, "positives": [row], "thought": thought}
 
     def _hard(self, positive: int, positives: list[int], rng: np.random.Generator) -> list[int]:
         if self.negatives is None:
