@@ -1,4 +1,4 @@
-"""The decoder against transformers' Qwen2ForCausalLM; cache, padding, causality, scan and remat by their properties."""
+"""The decoder against transformers' Qwen2ForCausalLM, and by its properties: cache, padding, causality, scan."""
 
 import dataclasses
 from functools import partial
