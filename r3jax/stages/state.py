@@ -121,4 +121,4 @@ def apply(tx: optax.GradientTransformation, state: TrainState, gradient) -> tupl
     state = state.replace(
         step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
     )
-    return state, {"grad_norm": optax.global_norm(gradient)}
+    return state, {"grad_norm": optax.tree.norm(gradient)}
