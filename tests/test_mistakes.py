@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence that names the field and the fix, exit code 2, before any compilation."""
+"""A user's mistakes: one sentence that names the field and the fix, exit code 2, before any compilation."""
 
 import json
 import pathlib
@@ -78,10 +78,7 @@ TRAIN = [
     (["--workdir=/proc/run"], "--workdir: cannot write to /proc/run"),
     # sizes
     (["--config.tokenizer.vocab_size=260"], "config.tokenizer.vocab_size must be at least 300, not 260"),
-    (
-        ["--config.tokenizer.vocab_size=300"],
-        "vocab_size 300 is too small for the bytes and the chat format; use",
-    ),
+    (["--config.tokenizer.vocab_size=300"],),
     (
         ["--config.model.vocab=256"],
         "config.model.vocab (256 rows) must be at least tokenizer.vocab_size (512)",

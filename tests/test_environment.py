@@ -1,0 +1,245 @@
+"""The RL environment on synthetic drifting vectors: no model, `encode` looks the current vectors up."""
+
+import numpy as np
+import pytest
+
+from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig, Rollouts
+from r3jax.search.index import VersionedIndex
+
+DOCUMENTS, QUERIES, GROUP, WIDTH = 400, 6, 4, 16
+REWARD = {"name": "dcg_scaled", "k": 5, "min_tokens": 2, "max_tokens": 8}
+REWARD["weights"] = {"retrieval": 1.0, "format": 0.1, "length": 0.1}
+REFRESH = {"policy": "hybrid", "budget": 40, "over_retrieve": 60, "max_age": None, "share": 0.25}
+REFRESH["rebuild_below"] = 0.0
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+class World:
+    """Document vectors that drift at every step, and rollouts near their relevant documents."""
+
+    def __init__(self, seed: int = 0, drift: float = 0.1):
+        self.rng, self.drift = np.random.default_rng(seed), drift
+        self.vectors = unit(self.rng.normal(size=(DOCUMENTS, WIDTH)))
+        self.encoded = 0
+
+    def move(self):
+        self.vectors = unit(self.vectors + self.drift / 4 * self.rng.normal(size=self.vectors.shape))
+
+    def encode(self, rows):
+        self.encoded += len(rows)
+        return self.vectors[rows]
+
+    def rollouts(self, noise: float = 0.25) -> Rollouts:
+        relevant = np.full((QUERIES, 3), -1, np.int32)
+        relevant[:, 0] = self.rng.integers(0, DOCUMENTS, QUERIES)
+        relevant[:2, 1] = (relevant[:2, 0] + 1) % DOCUMENTS
+        relevant = np.repeat(relevant, GROUP, axis=0)
+        near = self.vectors[relevant[:, 0]]
+        return Rollouts(
+            vectors=unit(near + noise * self.rng.normal(size=near.shape)),
+            relevant=relevant,
+            emitted=self.rng.random(len(relevant)) < 0.9,
+            lengths=self.rng.integers(0, 9, len(relevant)),
+        )
+
+
+def environment(world: World, index: VersionedIndex | None = None, probes: int = 0, **changes) -> Environment:
+    index = index or VersionedIndex.build(world.vectors, 0, "exact")
+    reward = {k: changes.pop(k, v) for k, v in REWARD.items()}
+    return Environment(
+        index, RewardConfig(**reward), RefreshConfig(**REFRESH | changes), probes=probes, seed=0
+    )
+
+
+def play(env: Environment, world: World, steps: int, first: int = 1):
+    """Rewards, exact rewards and statistics of each step."""
+    for step in range(first, first + steps):
+        world.move()
+        rollouts = world.rollouts()
+        rewards, stats = env.score(rollouts, world.encode, step)
+        yield rewards, env.exact_rewards(rollouts, world.vectors), stats
+
+
+def reference_reward(rollout: int, rollouts: Rollouts, vectors: np.ndarray) -> float:
+    """DCG-scaled reward with format and length terms, of the whole corpus, as a plain loop."""
+    scores = vectors.astype(np.float64) @ rollouts.vectors[rollout].astype(np.float64)
+    relevant = [d for d in rollouts.relevant[rollout] if d >= 0]
+    gain = sum(
+        max(0.0, scores[d]) / np.log2(rank + 1)
+        for rank, d in enumerate(np.argsort(-scores, kind="stable")[: REWARD["k"]], 1)
+        if d in relevant
+    )
+    ideal = sum(1 / np.log2(rank + 1) for rank in range(1, len(relevant) + 1))
+    emitted, length = rollouts.emitted[rollout], rollouts.lengths[rollout]
+    return emitted * (gain / ideal) + 0.1 * emitted + 0.1 * min(1.0, length / 2, 2 - length / 8)
+
+
+def test_the_full_policy_gives_the_rewards_of_the_whole_corpus():
+    world = World()
+    env = environment(world, policy="full")
+    for rewards, exact, stats in play(env, world, 3):
+        np.testing.assert_allclose(rewards, exact, atol=1e-6)
+        assert stats["index/share"] == 1.0 and stats["index/age_max"] == 0
+
+
+@pytest.mark.parametrize("over_retrieve", [5, 60, 1000])
+def test_rewards_equal_a_plain_loop_over_the_corpus(over_retrieve):
+    """However few candidates are searched: positives that are not among them join the ranking."""
+    world = World()
+    env = environment(world, policy="full", over_retrieve=over_retrieve)
+    world.move()
+    rollouts = world.rollouts(noise=0.6)
+    rewards, _ = env.score(rollouts, world.encode, 1)
+    exact = env.exact_rewards(rollouts, world.vectors)
+    want = [reference_reward(i, rollouts, world.vectors) for i in range(QUERIES * GROUP)]
+    np.testing.assert_allclose(exact, want, atol=1e-6)
+    if over_retrieve > 5:  # else the stale search may miss what has come near since
+        np.testing.assert_allclose(rewards, want, atol=1e-6)
+
+
+def test_positives_that_the_search_misses_join_the_ranking():
+    """One candidate is retrieved, and it is not the positive that has moved onto the query since."""
+    world = World()
+    env = environment(world, k=1, over_retrieve=1)
+    target, query = 7, world.vectors[300].copy()
+    world.vectors[target] = query  # the index still has its old vector, far away
+    rollouts = Rollouts(
+        vectors=query[None], relevant=np.array([[target]]), emitted=np.array([True]), lengths=np.array([4])
+    )
+    rows, _ = env.index.search(rollouts.vectors, 1)
+    assert rows[0, 0] == 300
+    rewards, stats = env.score(rollouts, world.encode, 1)
+    # Equal scores: the lower row, 7, ranks first. 1 for the ranking, .1 for format and length each.
+    assert rewards[0] == pytest.approx(1.2, abs=1e-5)
+    assert stats["reward/retrieval"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_hybrid_stays_near_the_exact_reward_within_its_budget():
+    errors = {}
+    for policy in ("none", "hybrid", "boundary"):
+        world = World(drift=0.15)
+        env = environment(world, policy=policy)
+        played = list(play(env, world, 12))
+        errors[policy] = np.mean([np.abs(r - e).mean() for r, e, _ in played])
+        for _, _, stats in played:
+            assert stats["index/reencoded"] <= (0 if policy == "none" else REFRESH["budget"])
+            assert stats["index/share"] == stats["index/reencoded"] / DOCUMENTS
+    assert errors["none"] > 0.05
+    assert errors["hybrid"] < 0.01 and errors["boundary"] < 0.01
+
+
+def test_only_what_was_chosen_is_encoded():
+    world = World()
+    env = environment(world, probes=8)
+    for _, _, stats in play(env, world, 3):
+        assert world.encoded == stats["index/reencoded"] + 8
+        world.encoded = 0
+
+
+def test_a_budget_smaller_than_the_positives_is_kept():
+    world = World()
+    env = environment(world, budget=3)
+    for _, _, stats in play(env, world, 3):
+        assert stats["index/reencoded"] == 3
+
+
+def test_the_batchs_positives_are_always_fresh():
+    world = World()
+    env = environment(world)
+    world.move()
+    rollouts = world.rollouts()
+    env.score(rollouts, world.encode, 1)
+    positives = np.unique(rollouts.relevant[rollouts.relevant >= 0])
+    assert (env.index.versions[positives] == 1).all()
+    np.testing.assert_array_equal(env.index.vectors[positives], world.vectors[positives])
+
+
+@pytest.mark.parametrize("policy", ["neighbourhood", "boundary", "hybrid"])
+def test_documents_older_than_max_age_are_refreshed(policy):
+    world = World()
+    env = environment(world, policy=policy, max_age=12)
+    ages = [stats["index/age_max"] for _, _, stats in play(env, world, 30)]
+    # They all start equally old, so the budget needs a round of 400 / 40 steps to spread them.
+    assert max(ages[-8:]) <= 12 + DOCUMENTS / REFRESH["budget"]
+    world, env = World(), environment(World(), policy="boundary")
+    assert max(stats["index/age_max"] for _, _, stats in play(env, world, 30)) == 30
+
+
+def test_the_drift_estimate_learns_how_far_scores_move():
+    slow, fast = World(drift=0.05), World(drift=0.3)
+    sigmas = []
+    for world in (slow, fast):
+        env = environment(world)
+        before = env.drift.sigma
+        *_, (_, _, stats) = play(env, world, 6)
+        assert stats["index/sigma"] == env.drift.sigma != before and env.drift.updates == 6
+        # A unit vector's score moves by about drift / 4 per step in each direction, candidates a little less.
+        assert 0.4 * world.drift / 4 < env.drift.sigma < 1.5 * world.drift / 4
+        sigmas.append(env.drift.sigma)
+    assert sigmas[1] > 3 * sigmas[0]
+
+
+def test_probe_drift_is_how_far_stored_vectors_are_from_current_ones():
+    world = World()
+    env = environment(world, probes=32)
+    for _, _, stats in play(env, world, 4):
+        stored, current = env.index.vectors[env.probes], world.vectors[env.probes]
+        assert stats["index/probe_drift"] == pytest.approx(1 - (stored * current).sum(1).mean(), abs=1e-6)
+    assert stats["index/probe_drift"] > 0.001
+    assert len(np.unique(env.probes)) == 32
+
+
+@pytest.mark.parametrize("kind", ["exact", "scann", "tree"])
+def test_a_restored_environment_goes_on_alike(kind):
+    world = World()
+    vectors = world.vectors
+    built = {"kind": "exact" if kind == "exact" else "scann"}
+    if kind == "tree":
+        built |= {"tree_above": 256, "leaves": 20}
+    env = environment(world, VersionedIndex.build(vectors, 0, **built), probes=8)
+    list(play(env, world, 3))
+    state = env.state()
+    later = [(r, s) for r, _, s in play(env, world, 3, first=4)]
+    other = World()
+    list(play(environment(other), other, 3))  # brings the world where it was
+    twin = environment(other, VersionedIndex.build(np.ones((DOCUMENTS, 1)), 0, "exact"), probes=8)
+    twin.restore(state)
+    for (rewards, stats), (again, _, stats_again) in zip(later, play(twin, other, 3, first=4), strict=True):
+        np.testing.assert_array_equal(rewards, again)
+        assert {k: v for k, v in stats.items() if "time" not in k} == {
+            k: v for k, v in stats_again.items() if "time" not in k
+        }
+
+
+def test_state_holds_arrays_that_do_not_change_with_the_environment():
+    world = World()
+    env = environment(world)
+    list(play(env, world, 2))
+    state = env.state()
+    kept = {k: v.copy() for k, v in state["index"].items()}
+    list(play(env, world, 2, first=3))
+    for name, value in kept.items():
+        assert isinstance(value, np.ndarray) and value.size
+        np.testing.assert_array_equal(state["index"][name], value)
+
+
+def test_low_recall_rebuilds_a_tree():
+    world = World(drift=0.6)
+    index = VersionedIndex.build(world.vectors, 0, "scann", tree_above=256, leaves=100)
+    env = environment(world, index, policy="full", rebuild_below=0.999)
+    rebuilt, calls = [], []
+    index.rebuild, train = lambda: (calls.append(1), train())[1], index.rebuild
+    for _, _, stats in play(env, world, 6):
+        assert (stats["index/probe_recall"] < 0.999) == (stats["index/rebuilds"] > len(rebuilt))
+        rebuilt = [1] * stats["index/rebuilds"]
+    assert rebuilt and len(calls) == len(rebuilt)
+    assert int(env.state()["rebuilds"]) == len(rebuilt)
+
+
+def test_high_recall_rebuilds_nothing():
+    world = World()
+    env = environment(world, rebuild_below=0.9)
+    assert all(s["index/rebuilds"] == 0 and s["index/probe_recall"] == 1 for _, _, s in play(env, world, 3))
