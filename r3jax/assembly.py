@@ -80,12 +80,25 @@ class Parts:
     model: ModelConfig
 
     @functools.cached_property
+    def thinker(self) -> thoughts.Thinker | None:
+        """Who writes supervised thoughts; None where the data set brings them, or none are wanted."""
+        d = self.config.data
+        if self.dataset.thoughts or not d.thought_query_terms + d.thought_document_terms:
+            return None
+        return thoughts.Thinker(
+            self.dataset,
+            query_terms=d.thought_query_terms,
+            document_terms=d.thought_document_terms,
+            split=d.train_split,
+        )
+
+    @functools.cached_property
     def source(self) -> store.TrainingSource:
         """The training records, written to the cache once; thoughts that are made for them go to the run."""
         d = self.config.data
         found = self.dataset.thoughts
-        if not found and d.thought_terms:
-            found = thoughts.build(self.dataset, max_terms=d.thought_terms, split=d.train_split)
+        if self.thinker is not None:
+            found = thoughts.build(self.dataset, self.thinker, d.train_split)
             thoughts.write(found, self.workdir / "thoughts.jsonl")
         return store.training_source(self.dataset, d.train_split, pathlib.Path(d.cache), found)
 
@@ -223,7 +236,14 @@ def _sft(p: Parts, start) -> Stage:
     return sft.SFT(
         source=p.source,
         transform=sft.PairTransform(
-            p.source, p.dataset, p.chat, p.lengths, c.sft.corrupt_thoughts, negatives
+            p.source,
+            p.dataset,
+            p.chat,
+            p.lengths,
+            corrupt_thoughts=c.sft.corrupt_thoughts,
+            pseudo_queries=c.sft.pseudo_queries,
+            think=p.thinker,
+            negatives=negatives,
         ),
         chat=p.chat,
         model=p.model,

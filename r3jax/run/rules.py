@@ -115,7 +115,7 @@ RULES: list[Rule] = [
         "is {0!r}, which data.eval_splits holds too; an evaluation on training queries shows nothing",
     ),
     *at_least(1, "data.max_query_tokens", "data.max_doc_tokens", "data.max_thought_tokens"),
-    *at_least(0, "data.workers", "data.thought_terms"),
+    *at_least(0, "data.workers", "data.thought_query_terms", "data.thought_document_terms"),
     # tokenizer: 256 bytes and a handful of special tokens are the least that a byte-level BPE can have
     *at_least(300, "tokenizer.vocab_size"),
     Rule(
