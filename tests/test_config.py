@@ -199,13 +199,21 @@ def good(tmp_path):
             "seed": 0,
             "init_from": "",
             "data": data
-            | {"max_query_tokens": 8, "max_doc_tokens": 8, "max_thought_tokens": 8, "thought_terms": 3},
+            | {"max_query_tokens": 8, "max_doc_tokens": 8, "max_thought_tokens": 8}
+            | {"thought_query_terms": 3, "thought_document_terms": 2},
             "tokenizer": {"path": "", "vocab_size": 512},
             "model": model,
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "sft": optimiser
             | weights
-            | {"batch_size": 4, "chunks": 1, "temperature": 0.05, "margin": 0.2, "corrupt_thoughts": 0.5},
+            | {
+                "batch_size": 4,
+                "chunks": 1,
+                "temperature": 0.05,
+                "margin": 0.2,
+                "corrupt_thoughts": 0.5,
+                "pseudo_queries": 0.2,
+            },
             "rl": optimiser | sampling | policy | {"reward": reward},
             "index": {
                 "kind": "exact",

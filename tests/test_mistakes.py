@@ -78,7 +78,6 @@ TRAIN = [
     (["--workdir=/proc/run"], "--workdir: cannot write to /proc/run"),
     # sizes
     (["--config.tokenizer.vocab_size=260"], "config.tokenizer.vocab_size must be at least 300, not 260"),
-    (["--config.tokenizer.vocab_size=300"],),
     (
         ["--config.model.vocab=256"],
         "config.model.vocab (256 rows) must be at least tokenizer.vocab_size (512)",

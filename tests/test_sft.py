@@ -15,6 +15,11 @@ from tests import fixtures
 
 WEIGHTS = sft.Weights(ce=0.7, kl=0.3, infonce=1.0, triplet=0.4)
 TEMPERATURE, MARGIN = 0.1, 0.3
+SETTINGS = {
+    "data__hard_negatives": True,
+    "prompts__direct_assistant": "The embedding is ",
+    "sft__pseudo_queries": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parts(folder):
     """With a fixed answer of some tokens, so that the direct mode has something to learn too."""
-    return fixtures.parts(folder, data__hard_negatives=True, prompts__direct_assistant="The embedding is ")
+    return fixtures.parts(folder, **SETTINGS)
 
 
 def start(parts, seed=0):
@@ -152,14 +157,15 @@ def test_values_and_gradients_of_all_four_terms_equal_torch(parts, batch, monkey
     want = torch_loss(leaves, frozen, batch, parts.chat)
     total = 0.7 * want["ce"] + 0.3 * want["kl"] + want["infonce"] + 0.4 * want["triplet"]
     total.backward()
+    total = total.item()
     arrays = jax.tree.map(jnp.asarray, batch)
     (value, metrics), gradient = jax.jit(
         jax.value_and_grad(lambda p: ours(parts, arrays, p, reference), has_aux=True)
     )(params)
-    assert float(value) == pytest.approx(float(total), rel=1e-4)
+    assert float(value) == pytest.approx(total, rel=1e-4)
     for name, term in want.items():
-        assert float(term) > 0.01
-        assert float(metrics[f"loss/{name}"]) == pytest.approx(float(term), rel=1e-4)
+        assert term.item() > 0.01
+        assert float(metrics[f"loss/{name}"]) == pytest.approx(term.item(), rel=1e-4)
     for name, leaf in leaves.items():
         scale = float(leaf.grad.abs().max())
         assert scale > 1e-3
@@ -237,12 +243,7 @@ def test_the_loss_is_the_weighted_sum_of_the_terms_logged(parts, plain):
 
 def test_gradient_caching_changes_nothing(folder, parts, plain):
     rows, state = run(
-        fixtures.parts(
-            folder,
-            data__hard_negatives=True,
-            prompts__direct_assistant="The embedding is ",
-            sft__chunks=4,
-        ),
+        fixtures.parts(folder, **SETTINGS, sft__chunks=4),
         3,
     )
     same_metrics(rows, plain[0])
@@ -252,9 +253,7 @@ def test_gradient_caching_changes_nothing(folder, parts, plain):
 
 @pytest.mark.parametrize("mesh", [(1, 4, 2), (1, 8, 1)])
 def test_a_mesh_gives_the_losses_of_one_device(folder, plain, mesh):
-    split = fixtures.parts(
-        folder, mesh, data__hard_negatives=True, prompts__direct_assistant="The embedding is "
-    )
+    split = fixtures.parts(folder, mesh, **SETTINGS)
     same_metrics(run(split, 3)[0], plain[0])
 
 
@@ -316,6 +315,19 @@ def test_the_share_of_corrupt_thoughts(folder, share):
     for batch, _ in batches(parts, 2):
         assert (batch["gold"] == (share == 0)).all()
         assert batch["docs"].shape[1] == 1  # and without hard negatives there are none
+
+
+def test_pseudo_queries_are_words_of_their_document(folder):
+    parts = fixtures.parts(folder, sft__pseudo_queries=1.0, sft__corrupt_thoughts=0.0)
+    asked = set()
+    for batch, _ in batches(parts, 3):
+        for i in range(16):
+            query, _ = decoded(parts, batch["direct"][i, : batch["direct_length"][i]])
+            row = batch["doc_rows"][i, 0]
+            assert set(query.split()[:-1]) <= set(parts.dataset.doc_texts[row].split())  # the last may be cut
+            assert list(batch["known"][i]) == [row] + [-1] * 7
+            asked.add(row)
+    assert len(asked) > 30 and max(asked) > 120  # documents that no training query asks for, too
 
 
 def test_a_stream_goes_on_where_its_state_was_taken(parts):
