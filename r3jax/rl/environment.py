@@ -113,6 +113,8 @@ class Environment:
         clock.lap("encode")
         fresh = self._scores(rollouts.vectors, candidates)
         self._learn_drift(candidates, stale, fresh, before, step)
+        if refresh.policy == "full":  # the reference, whatever the stale search did not return
+            candidates, fresh = self.index.search(rollouts.vectors, depth)
         total, terms = self._reward(rollouts, candidates, fresh)
         clock.lap("reward")
         probe_drift = self._probe_drift(encode)
