@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from r3jax import assembly
 from r3jax.assembly import Parts
+from r3jax.model import params as model_params
 from r3jax.model.sharding import make_mesh
 from r3jax.run import config as run_config
 
@@ -168,3 +169,18 @@ def run_python(*argv: str, devices: int = 1, **kwargs) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         **kwargs,
     )
+
+
+def trained_params(parts: Parts) -> dict:
+    """Host weights after the supervised stage: its completions end by themselves, and differ."""
+    with jax.set_mesh(parts.mesh):
+        params = parts.initial_params()
+        stage, state = assembly.make_stage("sft", parts, params), assembly.first_state("sft", parts, params)
+        for step in range(1, stage.steps + 1):
+            state, _ = stage.update(state, stage.next_batch(state, step)[0])
+        return jax.device_get(state.params)
+
+
+def placed(params: dict, parts: Parts) -> dict:
+    """Host weights on the mesh of `parts`."""
+    return jax.device_put(params, model_params.shardings(parts.model, parts.mesh))

@@ -1,0 +1,349 @@
+"""Stage 2: its loss against torch, its invariances (chunks, mesh), its batches, no recompilation."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from r3jax import assembly
+from r3jax.model.encoder import encode_rows
+from r3jax.rl.environment import Rollouts
+from r3jax.stages import rl
+from tests import fixtures
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rl")
+
+
+@pytest.fixture(scope="module")
+def parts(folder):
+    return fixtures.parts(folder)
+
+
+@pytest.fixture(scope="module")
+def weights(parts):
+    return fixtures.trained_params(parts)
+
+
+def start(parts, weights, name="rl"):
+    """The stage and its state at step 0."""
+    params = fixtures.placed(weights, parts)
+    return assembly.make_stage(name, parts, params), assembly.first_state(name, parts, params)
+
+
+def play(parts, weights, steps: int):
+    """(host batch, its statistics, metrics) of each of the first steps, and the state after them."""
+    rows = []
+    with jax.set_mesh(parts.mesh):
+        stage, state = start(parts, weights)
+        for step in range(1, steps + 1):
+            batch, stats = stage.next_batch(state, step)
+            kept = jax.device_get(batch)
+            state, metrics = stage.update(state, batch)
+            rows.append((kept, stats, {name: float(value) for name, value in metrics.items()}))
+        return rows, jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def plain(parts, weights):
+    return play(parts, weights, 2)
+
+
+@pytest.fixture(scope="module")
+def batch(plain):
+    """The first host batch: some rollouts ended by themselves, others were cut."""
+    made = plain[0][0][0]
+    assert 0.1 < made["emitted"].mean() < 1
+    return {k: np.array(v) for k, v in made.items()}
+
+
+# The loss, with a decoder of one line: hidden = tanh(embedding + position).
+
+
+def fake_hidden(params, model, tokens, lengths):
+    return jnp.tanh(params["embed"]["table"][tokens] + params["position"][: tokens.shape[1]])
+
+
+def torch_hidden(params, tokens):
+    return torch.tanh(params["table"][tokens] + params["position"][: tokens.shape[0]])
+
+
+def torch_loss(params, reference, batch, policy) -> dict[str, torch.Tensor]:
+    """Clipped policy gradient, KL and InfoNCE as plain loops over rollouts and tokens."""
+    count, group, _ = batch["tokens"].shape
+    gain, kl, contrast, tokens, pulled = 0.0, 0.0, 0.0, 0, 0
+    docs = []
+    for row, end in zip(torch.tensor(batch["doc"]).long(), batch["doc_length"], strict=True):
+        docs.append(F.normalize(torch_hidden(params, row)[end - 1], dim=0))
+    docs = torch.stack(docs)
+    for b in range(count):
+        rewards = torch.tensor(batch["rewards"][b])
+        advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        for g in range(group):
+            row = torch.tensor(batch["tokens"][b, g]).long()
+            begin, end = batch["starts"][b, g], batch["lengths"][b, g]
+            hidden, frozen = torch_hidden(params, row), torch_hidden(reference, row)
+            for t in range(begin, end):
+                if t == end - 1 and not batch["emitted"][b, g]:
+                    continue  # this token was forced
+                logp = F.log_softmax(params["table"] @ hidden[t - 1] / policy.temperature, 0)[row[t]]
+                ref = F.log_softmax(reference["table"] @ frozen[t - 1] / policy.temperature, 0)[row[t]]
+                ratio = torch.exp(logp - batch["old_logp"][b, g, t - begin])
+                clipped = ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high)
+                gain = gain + torch.minimum(ratio * advantage[g], clipped * advantage[g])
+                kl = kl + 0.5 * (logp - ref) ** 2
+                tokens += 1
+            if batch["emitted"][b, g]:
+                vector = F.normalize(hidden[end - 1], dim=0)
+                known = set(batch["known"][b])
+                others = [j for j in range(count) if j != b and batch["doc_row"][j] not in known]
+                scores = docs[[b, *others]] @ vector / policy.contrastive_temperature
+                contrast = contrast + F.cross_entropy(scores, torch.tensor(0))
+                pulled += 1
+    return {"loss": -gain / tokens, "kl": kl / tokens, "contrastive": contrast / pulled}
+
+
+def test_values_and_gradients_of_all_terms_equal_torch(parts, batch, monkeypatch):
+    monkeypatch.setattr(rl, "hidden_states", fake_hidden)
+    p = parts.config.rl
+    policy = rl.PolicyConfig(
+        "grpo", "token", "token", 0.2, 0.28, "k2", 0.3, 0.5, p.contrastive_temperature, 0.7, p.max_new_tokens
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"table": (parts.model.vocab, parts.model.width), "position": (64, parts.model.width)}
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    reference = {k: v + 0.1 * rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()}
+
+    def tree(p):
+        return {"embed": {"table": p["table"]}, "position": p["position"]}
+
+    def ours(params, batch):
+        rows = rl.encode(
+            tree(params),
+            batch,
+            model=parts.model,
+            reference=tree(jax.tree.map(jnp.asarray, reference)),
+            policy=policy,
+        )
+        return rl.loss(rows, batch, policy=policy), rows
+
+    arrays = jax.tree.map(jnp.asarray, batch)
+    # Old log-probabilities near the new ones, so that some ratios are clipped and some are not.
+    _, rows = jax.jit(ours)(jax.tree.map(jnp.asarray, params), arrays)
+    old = np.asarray(rows["logp"]) + 0.3 * rng.normal(size=batch["old_logp"].shape).astype(np.float32)
+    known = batch["known"].copy()
+    known[0, 1] = batch["doc_row"][1]  # relevant to query 0 too
+    batch = {**batch, "known": known, "old_logp": np.where(batch["mask"] > 0, old, 99.0).astype(np.float32)}
+    leaves = {k: torch.tensor(v, requires_grad=True) for k, v in params.items()}
+    want = torch_loss(leaves, {k: torch.tensor(v) for k, v in reference.items()}, batch, policy)
+    total = want["loss"] + 0.3 * want["kl"] + 0.5 * want["contrastive"]
+    total.backward()
+    arrays = jax.tree.map(jnp.asarray, batch)
+    both = jax.jit(jax.value_and_grad(lambda p: ours(p, arrays)[0], has_aux=True))
+    (value, metrics), gradient = both(jax.tree.map(jnp.asarray, params))
+    assert float(value) == pytest.approx(total.item(), rel=1e-4)
+    for name, term in want.items():
+        assert abs(term.item()) > 1e-3
+        assert float(metrics[f"policy/{name}"]) == pytest.approx(term.item(), rel=1e-4)
+    assert 0 < float(metrics["policy/clip_low"]) < 0.5 and 0 < float(metrics["policy/clip_high"]) < 0.5
+    for name, leaf in leaves.items():
+        scale = float(leaf.grad.abs().max())
+        assert scale > 1e-3
+        np.testing.assert_allclose(gradient[name], leaf.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+# What a batch of rollouts holds.
+
+
+def test_the_sampled_rows_are_prompt_completion_and_terminal(parts, batch, plain):
+    embed = parts.chat.tokenizer.embed_id
+    new = batch["lengths"] - batch["starts"]
+    assert (new >= 1).all() and new.max() <= parts.config.rl.max_new_tokens
+    prompts = parts.chat.reasoning_prompts(parts.dataset.query_texts, parts.lengths.query)
+    relevant = parts.dataset.positives("train")
+    for b, rows in enumerate(batch["tokens"]):
+        prompt = list(rows[0, : batch["starts"][b, 0]])
+        row = prompts.index(prompt)
+        known = batch["known"][b]
+        assert list(known[known >= 0]) == relevant[parts.dataset.query_ids[row]]
+        assert batch["doc_row"][b] == known[0]
+        for g, tokens in enumerate(rows):
+            completion = tokens[batch["starts"][b, g] : batch["lengths"][b, g]]
+            assert list(tokens[: len(prompt)]) == prompt
+            assert completion[-1] == embed and embed not in completion[:-1]
+            sampled = len(completion) if batch["emitted"][b, g] else len(completion) - 1
+            assert list(batch["mask"][b, g]) == [1.0] * sampled + [0.0] * (new.dtype.type(6) - sampled)
+    assert len({tuple(map(int, row)) for row in batch["tokens"].reshape(32, -1)}) > 8  # the group differs
+    stats = plain[0][0][1]
+    assert stats["completion/length_mean"] == pytest.approx((new - 1).mean())
+    assert stats["completion/token_rate"] == batch["emitted"].mean()
+
+
+def test_rewards_are_those_of_the_rows_encoded_anew(parts, weights, batch):
+    """At the first step the index is fresh, so the reward must be that of the whole corpus."""
+    with jax.set_mesh(parts.mesh):
+        stage, state = start(parts, weights)
+        tokens, ends = batch["tokens"].reshape(32, -1), batch["lengths"].reshape(-1)
+        rows = [list(map(int, row[:end])) for row, end in zip(tokens, ends, strict=True)]
+        vectors = encode_rows(state.params, parts.model, parts.mesh, rows, batch_size=32)
+        rollouts = Rollouts(
+            vectors=vectors,
+            relevant=np.repeat(batch["known"], 4, axis=0),
+            emitted=batch["emitted"].reshape(-1),
+            lengths=(batch["lengths"] - batch["starts"] - 1).reshape(-1),
+        )
+        exact = stage.environment.exact_rewards(rollouts, parts.encode_corpus(state.params))
+    np.testing.assert_allclose(batch["rewards"].reshape(-1), exact, atol=1e-4)
+    assert batch["rewards"].std() > 0.01
+
+
+def test_the_policy_is_the_one_that_sampled(plain):
+    """One update per batch: the ratio is 1 and nothing is clipped, at every step."""
+    for _, _, metrics in plain[0]:
+        assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
+        assert metrics["policy/logp_gap"] < 1e-5
+        assert metrics["policy/clip_low"] == metrics["policy/clip_high"] == 0
+    assert plain[0][0][2]["policy/kl"] == pytest.approx(0, abs=1e-8)
+    assert plain[0][1][2]["policy/kl"] > 1e-6
+
+
+def test_probe_steps_compare_with_the_whole_corpus(folder, weights, plain):
+    (_, first, _), (_, second, _) = plain[0]
+    assert "probe/reward_error" not in first and "probe/reward_error" in second  # every second step is one
+    error = {}
+    for policy in ("full", "none"):
+        rows, _ = play(fixtures.parts(folder, index__policy=policy), weights, 2)
+        error[policy] = rows[1][1]["probe/reward_error"]
+    assert error["full"] < 1e-5 < 1e-3 < error["none"]
+
+
+def test_samples_show_the_best_and_the_worst(parts, weights):
+    with jax.set_mesh(parts.mesh):
+        stage, state = start(parts, weights)
+        batch, _ = stage.next_batch(state, 1)
+        rows, rewards = stage.samples(), jax.device_get(batch["rewards"])
+    assert len(rows) == 8
+    for i in range(4):
+        best, worst = rows[2 * i : 2 * i + 2]
+        assert best["query"] == worst["query"] and best["reward"] >= worst["reward"]
+        assert best["reward"] == rewards[i].max() and worst["reward"] == rewards[i].min()
+
+
+# The update.
+
+
+def updated(parts, weights, batch):
+    """Parameters before and after one update on a host batch, and its metrics."""
+    with jax.set_mesh(parts.mesh):
+        stage, state = start(parts, weights)
+        before = jax.device_get(state.params)
+        state, metrics = stage.update(state, rl.put_batch(parts.mesh, batch))
+        return before, jax.device_get(state.params), jax.device_get(metrics)
+
+
+def distance(a, b) -> float:
+    return max(
+        float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_groups_of_equal_rewards_give_no_policy_gradient(folder, weights, batch):
+    only = fixtures.parts(folder, rl__kl_weight=0.0, rl__contrastive_weight=0.0)
+    flat = {**batch, "rewards": np.repeat(batch["rewards"][:, :1], 4, axis=1)}
+    before, after, metrics = updated(only, weights, flat)
+    assert distance(before, after) == 0 and metrics["grad_norm"] == 0 and metrics["policy/loss"] == 0
+    before, after, metrics = updated(only, weights, batch)
+    assert distance(before, after) > 1e-4 and metrics["grad_norm"] > 1e-3
+
+
+def test_what_a_forced_terminal_would_have_cost_does_not_matter(parts, weights, batch):
+    forced = batch["mask"] == 0
+    wild = {**batch, "old_logp": np.where(forced, -50.0, batch["old_logp"]).astype(np.float32)}
+    _, after, metrics = updated(parts, weights, batch)
+    _, again, metrics_again = updated(parts, weights, wild)
+    assert distance(after, again) == 0 and metrics == metrics_again
+    # The terminal token that came by itself does count.
+    ends = (batch["lengths"] - batch["starts"] - 1)[..., None] == np.arange(6)
+    other = {**batch, "mask": np.where(ends, 0.0, batch["mask"]).astype(np.float32)}
+    assert updated(parts, weights, other)[2]["policy/loss"] != pytest.approx(metrics["policy/loss"])
+
+
+def test_gradient_caching_changes_nothing(folder, parts, weights, batch):
+    _, after, metrics = updated(parts, weights, batch)
+    _, again, chunked = updated(fixtures.parts(folder, rl__chunks=4), weights, batch)
+    assert metrics.keys() == chunked.keys()
+    for name in metrics:
+        assert float(chunked[name]) == pytest.approx(float(metrics[name]), rel=1e-4, abs=1e-6), name
+    assert distance(after, again) < 2e-3  # Adam turns rounding into steps where gradients are 0
+
+
+def test_a_mesh_gives_the_rewards_and_losses_of_one_device(folder, weights, plain):
+    rows, _ = play(fixtures.parts(folder, (1, 4, 2)), weights, 2)
+    for step, ((batch, stats, metrics), (batch1, stats1, metrics1)) in enumerate(
+        zip(rows, plain[0], strict=True)
+    ):
+        np.testing.assert_array_equal(batch["tokens"], batch1["tokens"])
+        np.testing.assert_allclose(batch["rewards"], batch1["rewards"], atol=1e-4 * (1 + 9 * step))
+        np.testing.assert_allclose(batch["old_logp"], batch1["old_logp"], atol=1e-4 * (1 + 9 * step))
+        for name in metrics1:
+            assert metrics[name] == pytest.approx(metrics1[name], rel=1e-3, abs=1e-5), name
+        for name in ("reward/mean", "completion/length_mean", "index/reencoded"):
+            assert stats[name] == pytest.approx(stats1[name], abs=1e-4)
+
+
+# Both stages in the loop.
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize("name", ["sft", "rl"])
+def test_no_step_moves_data_unasked_nor_compiles_after_warm_up(folder, weights, name, mesh):
+    parts = fixtures.parts(folder, mesh)
+    compiled: list[str] = []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with jax.set_mesh(parts.mesh):
+            stage, state = start(parts, weights, name)
+            shapes = set()
+            for step in range(1, 11):
+                if step == 5:
+                    assert compiled  # the listener hears something
+                    compiled.clear()
+                with jax.transfer_guard("disallow"):
+                    batch, _ = stage.next_batch(state, step)
+                    state, metrics = stage.update(state, batch)
+                shape = tuple(sorted((k, v.shape) for k, v in batch.items()))
+                assert step < 5 or shape in shapes, "lengthen the warm-up: this batch is of a new shape"
+                shapes.add(shape)
+            assert np.isfinite(float(metrics["loss"]))
+        assert compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_resumed_stage_samples_and_rewards_alike(parts, weights, plain):
+    with jax.set_mesh(parts.mesh):
+        stage, state = start(parts, weights)
+        batch, _ = stage.next_batch(state, 1)
+        state, _ = stage.update(state, batch)
+        host, stream = stage.host_state(), json.loads(json.dumps(stage.stream_state()))
+        other = assembly.make_stage("rl", parts, None)
+        other.resume(host, stream)
+        batch, stats = other.next_batch(state, 2)
+        batch = jax.device_get(batch)
+    want, want_stats, _ = plain[0][1]
+    for name in want:
+        np.testing.assert_array_equal(batch[name], want[name])
+    timeless = {k for k in stats if not k.startswith("time/")}
+    assert timeless == {k for k in want_stats if not k.startswith("time/")}
+    assert {k: stats[k] for k in timeless} == {k: want_stats[k] for k in timeless}
