@@ -43,7 +43,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 # Words of the query and terms of its document in the thoughts that are written where the data
                 # set brings no thoughts.jsonl; 0 and 0 write none (an Instruct checkpoint needs none).
                 "thought_query_terms": 3 if tiny else 0,
-                "thought_document_terms": 2 if tiny else 0,
+                "thought_document_terms": 3 if tiny else 0,
                 "hard_negatives": False,  # one BM25 neighbour of the positive document per query
                 "workers": 0,
                 "cache": ".cache/data",

@@ -34,6 +34,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "kl_weight": 0.01,
             "contrastive_weight": 0.1,
             "contrastive_temperature": 0.05,
+            # Per query, from the refreshed index: what its rollouts ranked best and should not have.
+            "hard_negatives": 4,
             "probe_every": 20,  # steps between comparisons with a fully re-encoded corpus; 0 for none
             "reward": {
                 "name": "dcg_scaled",

@@ -90,6 +90,7 @@ class Parts:
             query_terms=d.thought_query_terms,
             document_terms=d.thought_document_terms,
             split=d.train_split,
+            is_word=lambda term: len(self.chat.tokenizer.encode(f" {term}")) == 1,
         )
 
     @functools.cached_property
@@ -312,6 +313,7 @@ def _rl(p: Parts, start) -> Stage:
             kl_weight=r.kl_weight,
             contrastive_weight=r.contrastive_weight,
             contrastive_temperature=r.contrastive_temperature,
+            hard_negatives=r.hard_negatives,
             temperature=r.temperature,
             max_new=r.max_new_tokens,
         ),

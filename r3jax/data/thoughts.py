@@ -2,10 +2,11 @@
 
 A thought is what the reasoning prompt of an Instruct model asks for, in its shortest form: the core concepts of the
 query (its rarest words, in its order), then key terms of its relevant document that the query does not have (its
-most telling ones, in its order). The rule knows nothing of any corpus. A document's terms are its words, flags
+most telling ones, in its order): "about clipboard history xclip". The rule knows nothing of any corpus. A document's terms are its words, flags
 (-x, --long) and the pieces of its paths and identifiers. Terms that are common in the corpus (stop words,
 placeholders) tell nothing; rare ones (names that a handful of documents hold) cannot be learnt from a handful of
-examples; the rarest of those between are the most telling.
+examples; the rarest of those between are the most telling. Words that the tokenizer would have to spell are left
+out too: a small model learns to choose words long before it learns to spell.
 """
 
 import collections
@@ -13,7 +14,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from r3jax.data.beir import Dataset
 
@@ -31,9 +32,18 @@ class Thinker:
       dataset: documents, and queries of `split`, over which frequencies are taken.
       query_terms, document_terms: at most so many of each, at least 0 and not both 0.
       split: the judgements whose queries count; held-out queries must not be looked at.
+      is_word: whether the tokenizer has a term as one token.
     """
 
-    def __init__(self, dataset: Dataset, *, query_terms: int, document_terms: int, split: str = "train"):
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        query_terms: int,
+        document_terms: int,
+        split: str = "train",
+        is_word: Callable[[str], bool] = lambda term: True,
+    ):
         if min(query_terms, document_terms) < 0 or query_terms + document_terms == 0:
             raise ValueError(
                 f"query_terms and document_terms must not be negative or both 0: {query_terms}, {document_terms}."
@@ -42,20 +52,23 @@ class Thinker:
         asked = [dataset.query_texts[dataset.query_row[q]] for q in dataset.positives(split)]
         self._asked = _count(word.casefold() for text in asked for word in set(_WORD.findall(text)))
         self._written = _count(term for text in dataset.doc_texts for term in _terms(text))
-        self._concept_below = max(1.0, COMMON_QUERY * len(asked))
+        most = max(1, COMMON_QUERY * len(asked))
+        self._concepts = {w for w, n in self._asked.items() if n <= most and is_word(w)}
         size = len(dataset.doc_texts)
-        self._learnable = {t for t, n in self._written.items() if RARE * size <= n <= max(1, COMMON * size)}
+        least, most = RARE * size, max(1, COMMON * size)
+        self._learnable = {t for t, n in self._written.items() if least <= n <= most and is_word(t)}
 
     def __call__(self, query: str, document: str) -> str:
-        """Concepts of the query, then telling terms of the document, joined by single spaces; may be empty."""
+        """`about`, concepts of the query, telling terms of the document, joined by single spaces; may be empty."""
         words = [w for w in dict.fromkeys(w.casefold() for w in _WORD.findall(query))]
-        concepts = [w for w in words if self._asked[w] < self._concept_below]
+        concepts = [w for w in words if w in self._concepts]
         rarest = set(sorted(concepts, key=self._asked.__getitem__)[: self.query_terms])  # stable: by position
         thought = [w for w in concepts if w in rarest]
         terms = _terms(document)
         telling = [t for t in terms if t in self._learnable and t not in rarest]
         keep = set(sorted(telling, key=self._written.__getitem__)[: self.document_terms])
-        return " ".join(thought + [form for term, form in terms.items() if term in keep])
+        thought += [term for term in terms if term in keep]
+        return " ".join(["about", *thought]) if thought else ""
 
 
 def build(dataset: Dataset, thinker: Thinker, split: str = "train") -> dict[str, str]:

@@ -56,10 +56,9 @@ def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> dict:
 def init(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int, embed_token: int | None = None) -> dict:
     """Random parameters, made in their sharded place; the unsharded tree never exists.
 
-    Kernels and tables are normal with deviation 0.02 as in Qwen-2.5 (1 / sqrt(inputs) fits the training queries of
-    the tiny default sooner and retrieves a third worse on others), biases 0, scales 1. The row of
-    `embed_token` starts as the mean of the table's
-    rows (our choice).
+    Kernels and tables are normal with deviation 0.02 as in Qwen-2.5 (1 / sqrt(inputs) fits the training
+    queries of the tiny default sooner and retrieves a third worse on others), biases 0, scales 1. The row of
+    `embed_token` starts as the mean of the table's rows (our choice).
     """
     dtype = jnp.dtype(config.param_dtype)
 

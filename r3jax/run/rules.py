@@ -188,7 +188,7 @@ RULES: list[Rule] = [
     *one_of("rl.kl", *KLS),
     *above(0, "rl.clip_low", "rl.clip_high"),
     Rule(("rl.clip_low",), lambda v: v < 1, "must be below 1, not {0}"),
-    *at_least(0, "rl.kl_weight", "rl.contrastive_weight"),
+    *at_least(0, "rl.kl_weight", "rl.hard_negatives", "rl.contrastive_weight"),
     *one_of("rl.reward.name", *REWARDS),
     *at_least(0, "rl.reward.retrieval", "rl.reward.format", "rl.reward.length", "rl.reward.min_tokens"),
     Rule(

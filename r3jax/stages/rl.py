@@ -48,6 +48,7 @@ class PolicyConfig:
     kl_weight: float
     contrastive_weight: float
     contrastive_temperature: float
+    hard_negatives: int
     temperature: float
     max_new: int
 
@@ -137,8 +138,12 @@ class RL:
         }
         self._keep_samples(texts, done, grouped)
         tokens, starts, lengths = _sequences(prompt_rows, done, width + self.policy.max_new)
-        positives, positive_lengths = pad(
-            [self.documents[row] for row in batch["known"][:, 0]],
+        docs = batch["known"][:, :1]
+        if self.policy.hard_negatives:
+            wrong = self.environment.hard_negatives(batch["known"], self.group, self.policy.hard_negatives)
+            docs = np.concatenate([docs, wrong], axis=1).astype(np.int32)
+        doc_tokens, doc_lengths = pad(
+            [self.documents[row] for row in docs.ravel()],
             bucket_of(self.chat.direct_extra + self.lengths.document),
         )
         mask = done.mask.astype(np.float32)
@@ -150,9 +155,9 @@ class RL:
             "mask": mask,
             "rewards": grouped,
             "emitted": done.emitted,
-            "doc": positives,
-            "doc_length": positive_lengths,
-            "doc_row": batch["known"][:, 0],
+            "docs": doc_tokens.reshape(*docs.shape, -1),
+            "doc_lengths": doc_lengths.reshape(docs.shape),
+            "doc_rows": docs,
             "known": batch["known"],
         }
         stats["tokens"] = int(lengths.sum())
@@ -245,8 +250,11 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
         result["ref_logp"] = grouped(jax.lax.stop_gradient(ref.logp))
     if policy.contrastive_weight:
         result["vectors"] = grouped(normalise(pool_last(hidden, lengths)))
-        doc_hidden = hidden_states(params, model, part["doc"], part["doc_length"])
-        result["docs"] = normalise(pool_last(doc_hidden, part["doc_length"]))
+        per_query = part["docs"].shape[1]
+        doc_lengths = jnp.reshape(part["doc_lengths"], (count * per_query,), out_sharding=out(P(BATCH)))
+        docs = jnp.reshape(part["docs"], (count * per_query, -1), out_sharding=out(P(BATCH, None)))
+        docs = normalise(pool_last(hidden_states(params, model, docs, doc_lengths), doc_lengths))
+        result["docs"] = jnp.reshape(docs, (count, per_query, -1), out_sharding=out(P(BATCH, None, None)))
     return result
 
 
@@ -284,17 +292,19 @@ def loss(result, batch, *, policy: PolicyConfig):
         metrics["policy/kl"] = kl
         total = total + policy.kl_weight * kl
     if policy.contrastive_weight:
-        doc_rows = place(batch["doc_row"], P(None))
-        known = (batch["known"][:, :, None] == doc_rows[None, None, :]).any(1)
+        per_query = batch["doc_rows"].shape[1]
+        total_docs = count * per_query
+        doc_rows = jnp.reshape(batch["doc_rows"], (total_docs,), out_sharding=out(P(BATCH)))
+        known = (batch["known"][:, :, None] == place(doc_rows, P(None))[None, None, :]).any(1)
         known = jnp.reshape(
-            jnp.broadcast_to(known[:, None], (count, group, count)),
-            (count * group, count),
+            jnp.broadcast_to(known[:, None], (count, group, total_docs)),
+            (count * group, total_docs),
             out_sharding=out(P(BATCH, None)),
         )
-        positive = place(jnp.repeat(jnp.arange(count), group), P(BATCH))
+        positive = place(jnp.repeat(jnp.arange(count) * per_query, group), P(BATCH))
         contrast = info_nce(
             rows(result["vectors"]),
-            result["docs"],
+            jnp.reshape(result["docs"], (total_docs, -1), out_sharding=out(P(BATCH, None))),
             positive,
             known,
             policy.contrastive_temperature,
