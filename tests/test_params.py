@@ -152,8 +152,8 @@ def test_init_is_the_same_on_every_mesh_and_lies_where_it_should(one):
 
 def test_init_follows_its_seed_and_the_embed_token_starts_at_the_mean(one):
     config = sizes(tied=False)
-    made = [init(config, one, seed, EMBED_ID) for seed in (0, 0, 1)] + [init(config, one, 0)]
-    first, same, other, plain = (flatten(jax.device_get(tree)) for tree in made)
+    made = [init(config, one, seed, EMBED_ID) for seed in (0, 0, 1)]
+    first, same, other = (flatten(jax.device_get(tree)) for tree in made)
     for name, leaf in first.items():
         np.testing.assert_array_equal(leaf, same[name])
         if name.endswith("bias"):
@@ -163,9 +163,9 @@ def test_init_follows_its_seed_and_the_embed_token_starts_at_the_mean(one):
         else:
             assert np.std(leaf) > 0 and not np.allclose(leaf, other[name])
         if name.endswith("table"):
-            np.testing.assert_allclose(leaf[EMBED_ID], np.mean(plain[name], 0), atol=1e-6)
-            keep = np.arange(config.vocab) != EMBED_ID
-            np.testing.assert_array_equal(leaf[keep], plain[name][keep])
+            rest = np.delete(leaf, EMBED_ID, axis=0)
+            replaced = config.vocab * leaf[EMBED_ID] - rest.sum(0)  # was a row like the others
+            assert 0.5 < replaced.std() / rest.std() < 2
     kernels = [name for name in first if name.endswith("kernel")]
     draws = {first[name].ravel()[:4].tobytes() for name in kernels}
     assert len(draws) == len(kernels)  # no two kernels start alike

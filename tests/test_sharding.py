@@ -114,8 +114,7 @@ def test_eight_devices_compute_what_one_does():
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), result, results[0])
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.0])
-def test_eight_devices_sample_what_one_does(temperature):
+def test_eight_devices_sample_what_one_does():
     config = sizes(vocab=12, tied=False)
     host = jax.device_get(weights(config))
     prompts, lengths = padded(np.random.default_rng(0), [7, 2, 5, 4], 7, config.vocab)
@@ -130,7 +129,7 @@ def test_eight_devices_sample_what_one_does(temperature):
                 config=config,
                 group=4,
                 max_new=6,
-                temperature=temperature,
+                temperature=1.0,
                 embed_id=7,
                 stop_ids=(3,),
             )
