@@ -140,11 +140,10 @@ class Environment:
         }
         return total, stats | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
 
-    # FIXME author, before you commit: this method is a RECONSTRUCTION. The test helper overwrote your uncommitted
-    # version of this file at 04:34 UTC; it was rebuilt from its call in stages/rl.py. Compare, then drop this note.
     def hard_negatives(self, known: np.ndarray, group: int, count: int) -> np.ndarray:
         """Rows [B, count] of what each query's rollouts ranked best at the last `score` and should not have.
 
+        The index follows the model, so these are its present mistakes (ANCE, Xiong et al. 2021).
         known: relevant rows [B, P], -1 where there are fewer. Where too few candidates are irrelevant, the
         query's first relevant document stands in, which the loss leaves out of the negatives.
         """
