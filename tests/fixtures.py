@@ -1,16 +1,22 @@
 """A data set small enough for tests, the smallest config that trains on it, and the parts of such a run."""
 
+import atexit
+import contextlib
+import functools
+import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from r3jax import assembly
+from r3jax import assembly, train
 from r3jax.assembly import Parts
 from r3jax.model import params as model_params
 from r3jax.model.sharding import make_mesh
@@ -184,3 +190,14 @@ def trained_params(parts: Parts) -> dict:
 def placed(params: dict, parts: Parts) -> dict:
     """Host weights on the mesh of `parts`."""
     return jax.device_put(params, model_params.shardings(parts.model, parts.mesh))
+
+
+@functools.cache
+def finished_run() -> tuple[pathlib.Path, str]:
+    """The folder of a micro run of both stages on all fake devices, with its report, and what it printed."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="r3jax-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_dataset(folder / "data")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main([*flags(folder), f"--workdir={folder / 'run'}"])
+    return folder, said.getvalue()

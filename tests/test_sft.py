@@ -95,7 +95,7 @@ def torch_loss(params, reference, batch, chat) -> dict[str, torch.Tensor]:
             others = [j for j in range(len(rows)) if j != own and rows[j] not in batch["known"][i]]
             scores = docs @ vectors[name][i]
             infonce = infonce + F.cross_entropy(scores[[own, *others]] / TEMPERATURE, torch.tensor(0))
-            worst = max(others, key=lambda j, scores=scores.detach(): float(scores[j]))
+            worst = others[int(scores.detach()[others].argmax())]
             triplet = triplet + F.relu(scores[worst] - scores[own] + MARGIN)
     return {
         "ce": ce / count,
