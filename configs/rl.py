@@ -12,31 +12,31 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = f"rl-{arg}"
     config.rl = ConfigDict(
         {
-            "steps": 60 if tiny else 500,
-            "prompts": 48 if tiny else 64,
-            "group_size": 8,
+            "steps": 120 if tiny else 500,
+            "prompts": 128 if tiny else 64,
+            "group_size": 4 if tiny else 8,
             "chunks": 1 if tiny else 16,
             "max_new_tokens": 16 if tiny else 256,
             # Sampling must be plain: truncation (top_p, top_k) biases the ratio and is refused.
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 0,
-            "learning_rate": 3e-4 if tiny else 1e-6,
+            "learning_rate": 2e-4 if tiny else 1e-6,
             "warmup": 5,
             "weight_decay": 0.0,
-            "clip_norm": 1.0,
+            "clip_norm": 5.0 if tiny else 1.0,
             "advantage": "grpo",
             "normalise": "token",
             "ratio": "token",
             "clip_low": 0.2,
             "clip_high": 0.28,
             "kl": "k3",
-            "kl_weight": 0.01,
-            "contrastive_weight": 0.1,
+            "kl_weight": 0.0 if tiny else 0.01,
+            "contrastive_weight": 1.0 if tiny else 0.1,
             "contrastive_temperature": 0.05,
             # Per query, from the refreshed index: what its rollouts ranked best and should not have.
-            "hard_negatives": 4,
-            "probe_every": 20,  # steps between comparisons with a fully re-encoded corpus; 0 for none
+            "hard_negatives": 0 if tiny else 4,
+            "probe_every": 30,  # steps between comparisons with a fully re-encoded corpus; 0 for none
             "reward": {
                 "name": "dcg_scaled",
                 "k": 10,
@@ -53,7 +53,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         {
             "kind": "scann",
             "policy": "hybrid",
-            "budget": 0.05,  # share of the corpus re-encoded per step, at most
+            "budget": 0.1 if tiny else 0.03,  # share of the corpus re-encoded per step, at most
             "round_robin_share": 0.25,
             "over_retrieve": 100,
             "max_age": 0,  # steps; 0 for no bound

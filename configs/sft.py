@@ -12,22 +12,22 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = f"sft-{arg}"
     config.sft = ConfigDict(
         {
-            "steps": 300 if tiny else 2000,
+            "steps": 400 if tiny else 2000,
             "batch_size": 256,
             "chunks": 1 if tiny else 16,  # gradient caching: the same gradient in so many parts
             "learning_rate": 2e-3 if tiny else 1e-5,
             "warmup": 20 if tiny else 100,
             "weight_decay": 0.01,
-            "clip_norm": 1.0,
+            "clip_norm": 5.0 if tiny else 1.0,
             # A model from scratch has no general ability that a KL term could keep.
-            "ce_weight": 1.0,
+            "ce_weight": 2.0 if tiny else 1.0,
             "kl_weight": 0.0 if tiny else 0.1,
             "infonce_weight": 1.0,
             "triplet_weight": 0.1,
             "temperature": 0.05,  # ours; the paper's values are not known
             "margin": 0.2,  # ours
-            # Share of thoughts replaced by another query's: the vector must not trust every thought.
-            "corrupt_thoughts": 0.2 if tiny else 0.0,
+            # Share of thoughts replaced by another query's, so that the vector trusts thoughts less.
+            "corrupt_thoughts": 0.0,
             # Share of pairs that are some words of a document and that document (inverse cloze task).
             "pseudo_queries": 0.25 if tiny else 0.0,
         }
