@@ -48,7 +48,9 @@ def main(folders: list[str]) -> int:
         for r in runs
         if rows["thought tokens (rl_reasoning, seen)"](r) < 4
     ]
-    print("\n" + ("does not hold: " + "; ".join(failed + short) if failed + short else "every claim holds in every seed"))
+    print(
+        "\n" + ("does not hold: " + "; ".join(failed + short) if failed + short else "every claim holds in every seed")
+    )
     return 1 if failed + short else 0
 
 

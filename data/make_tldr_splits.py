@@ -98,9 +98,7 @@ def draw(corpus, train, dev):
 
 def main(source, target):
     corpus, queries = read_jsonl(source / "corpus.jsonl"), read_jsonl(source / "queries.jsonl")
-    splits = draw(
-        corpus, read_qrels(source / "qrels" / "train.tsv"), read_qrels(source / "qrels" / "dev.tsv")
-    )
+    splits = draw(corpus, read_qrels(source / "qrels" / "train.tsv"), read_qrels(source / "qrels" / "dev.tsv"))
     (target / "qrels").mkdir(parents=True, exist_ok=True)
     judged = {query for qrels in splits.values() for query in qrels}
     with (target / "corpus.jsonl").open("w", encoding="utf-8") as file:

@@ -128,9 +128,7 @@ class Parts:
 
     def encode_corpus(self, params) -> np.ndarray:
         """Unit vectors [N, D] of the whole corpus under `params`."""
-        return encode_rows(
-            params, self.model, self.mesh, self.documents, batch_size=self.config.evaluate.batch_size
-        )
+        return encode_rows(params, self.model, self.mesh, self.documents, batch_size=self.config.evaluate.batch_size)
 
     def initial_params(self):
         """Random weights, or those that init_from names."""
@@ -159,8 +157,7 @@ def parts(
     dataset = beir.load(data or d.path, on_error=d.on_error)
     if "rl" in config and not data and len(dataset.doc_ids) < config.rl.reward.k:
         raise UserError(
-            f"config.rl.reward.k={config.rl.reward.k} must not exceed the {len(dataset.doc_ids)} documents "
-            f"of {d.path}."
+            f"config.rl.reward.k={config.rl.reward.k} must not exceed the {len(dataset.doc_ids)} documents of {d.path}."
         )
     tokenizer = _tokenizer(config, workdir, dataset, begun)
     chat = ChatFormat(tokenizer, Prompts(**config.prompts))
@@ -341,7 +338,5 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset,
 def _model_config(config: ConfigDict, tokenizer) -> ModelConfig:
     model = ModelConfig(**config.model)
     if tokenizer.size > model.vocab:
-        raise UserError(
-            f"config.model.vocab={model.vocab} must be at least the tokenizer's {tokenizer.size} ids."
-        )
+        raise UserError(f"config.model.vocab={model.vocab} must be at least the tokenizer's {tokenizer.size} ids.")
     return model

@@ -47,9 +47,7 @@ def main(argv: list[str]) -> None:
             if split not in known:
                 raise UserError(f"--split: {parts.dataset.name} has no {split!r}; it has {', '.join(known)}.")
         params = assembly.load_params(workdir, parts.model, mesh, stage)
-        out = pathlib.Path(
-            flags["out"] or workdir / "evaluation" / f"{parts.dataset.name}-{'-'.join(splits)}"
-        )
+        out = pathlib.Path(flags["out"] or workdir / "evaluation" / f"{parts.dataset.name}-{'-'.join(splits)}")
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:

@@ -67,11 +67,7 @@ def main(argv: list[str]) -> None:
                 log = RunLog(workdir, resume_offset=meta["log"])
                 log.say(f"stage {name}: going on from step {int(state.step)} of {stage.steps}")
             else:
-                start = (
-                    assembly.load_params(workdir, parts.model, mesh, plan[i - 1])
-                    if i
-                    else parts.initial_params()
-                )
+                start = assembly.load_params(workdir, parts.model, mesh, plan[i - 1]) if i else parts.initial_params()
                 stage, state = (
                     assembly.make_stage(name, parts, start),
                     assembly.first_state(name, parts, start),
@@ -96,9 +92,7 @@ def main(argv: list[str]) -> None:
             )
             for name in ("untrained", *plan)
         )
-        outcome = compare(
-            parts.dataset, config.data.eval_splits, models, parts.reader, parts.encode_corpus, workdir
-        )
+        outcome = compare(parts.dataset, config.data.eval_splits, models, parts.reader, parts.encode_corpus, workdir)
     results = {"name": config.name, "seed": config.seed, "device": jax.devices()[0].device_kind} | outcome
     if "rl" in plan:
         results["refresh"] = refresh_figures(workdir / "metrics.jsonl", config.index.policy)

@@ -108,8 +108,7 @@ def write_dataset(folder: pathlib.Path) -> pathlib.Path:
     triples = [(v, n, p) for v in VERBS for n in NOUNS for p in PLACES]
     triples = [triples[i] for i in rng.permutation(len(triples))[:200]]
     documents = [
-        {"_id": f"d{i}", "title": v, "text": f"{n} --{p} {v[:2]}{n[:2]}{i % 7}"}
-        for i, (v, n, p) in enumerate(triples)
+        {"_id": f"d{i}", "title": v, "text": f"{n} --{p} {v[:2]}{n[:2]}{i % 7}"} for i, (v, n, p) in enumerate(triples)
     ]
     splits = {
         "train": range(120),

@@ -107,9 +107,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_that_of_reinforce(batch, ra
     assert float(stats["ratio"]) == 1.0
     assert float(stats["clip_low"]) == float(stats["clip_high"]) == float(stats["logp_gap"]) == 0.0
     tokens = np.maximum(mask.sum(1, keepdims=True), 1)
-    np.testing.assert_allclose(
-        gradient, -advantage[:, None] * mask / tokens / (mask.sum(1) > 0).sum(), rtol=1e-5
-    )
+    np.testing.assert_allclose(gradient, -advantage[:, None] * mask / tokens / (mask.sum(1) > 0).sum(), rtol=1e-5)
 
 
 def test_zero_advantage_gives_zero_gradient(batch):
@@ -171,9 +169,7 @@ def test_advantages_equal_torch(kind):
     r = torch.tensor(rewards)
     others = torch.stack([r[:, [j for j in range(4) if j != i]].mean(1) for i in range(4)], dim=1)
     mean = r.mean(1, keepdim=True)
-    want = {"grpo": (r - mean) / (r.std(1, keepdim=True) + 1e-4), "dr_grpo": r - mean, "rloo": r - others}[
-        kind
-    ]
+    want = {"grpo": (r - mean) / (r.std(1, keepdim=True) + 1e-4), "dr_grpo": r - mean, "rloo": r - others}[kind]
     np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-6)
 
 

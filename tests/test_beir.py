@@ -105,9 +105,7 @@ def test_windows_files(folder):
 @pytest.mark.parametrize("on_error", ["strict", "skip"])
 def test_missing_or_useless_files_always_raise(folder, name, on_error):
     write(folder, name, TRAIN[:1] if name.endswith("tsv") else [])
-    with pytest.raises(
-        UserError, match=re.escape(str(folder / "qrels/train.tsv" if "tsv" in name else folder))
-    ):
+    with pytest.raises(UserError, match=re.escape(str(folder / "qrels/train.tsv" if "tsv" in name else folder))):
         beir.load(folder, on_error=on_error)
     (folder / name).unlink()
     with pytest.raises(UserError, match=name.split("/")[0]):

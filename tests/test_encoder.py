@@ -38,9 +38,7 @@ def test_a_vector_is_the_normalised_last_hidden_state(params, rows, vectors):
     for row, vector in zip(rows, vectors, strict=True):
         tokens = np.zeros((1, 32), np.int32)
         tokens[0, : len(row)] = row
-        hidden = jax.jit(hidden_states, static_argnames="config")(
-            params, CONFIG, tokens, np.array([len(row)])
-        )
+        hidden = jax.jit(hidden_states, static_argnames="config")(params, CONFIG, tokens, np.array([len(row)]))
         want = np.asarray(hidden[0, len(row) - 1], np.float64)
         np.testing.assert_allclose(vector, want / np.linalg.norm(want), atol=1e-5)
 

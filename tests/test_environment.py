@@ -49,9 +49,7 @@ class World:
 def environment(world: World, index: VersionedIndex | None = None, probes: int = 0, **changes) -> Environment:
     index = index or VersionedIndex.build(world.vectors, 0, "exact")
     reward = {k: changes.pop(k, v) for k, v in REWARD.items()}
-    return Environment(
-        index, RewardConfig(**reward), RefreshConfig(**REFRESH | changes), probes=probes, seed=0
-    )
+    return Environment(index, RewardConfig(**reward), RefreshConfig(**REFRESH | changes), probes=probes, seed=0)
 
 
 def play(env: Environment, world: World, steps: int, first: int = 1):

@@ -28,9 +28,7 @@ def test_the_figures_are_those_of_training(run, tmp_path, capsys, stage):
     found = json.loads((tmp_path / "evaluation.json").read_text())
     trained = json.loads((run / "results.json").read_text())
     wanted = {
-        name: c
-        for name, c in trained["splits"]["seen"].items()
-        if name == "bm25" or name.startswith(f"{stage}_")
+        name: c for name, c in trained["splits"]["seen"].items() if name == "bm25" or name.startswith(f"{stage}_")
     }
     assert figures(found["splits"]["seen"]) == figures(wanted)
     answers = found["p_values"]["seen"]

@@ -79,9 +79,7 @@ def test_values_are_plain_json(tmp_path):
         log.write("rl", 1, {"a": jnp.ones(()), "b": np.float32("nan"), "c": np.array([3]), "d": 1e-9})
         log.samples(1, [{"text": "[red]ü", "reward": np.float32(0.5), "ended": True}])
         assert log.offset == {p.name: p.stat().st_size for p in tmp_path.glob("*.jsonl")}
-    assert lines(tmp_path / "metrics.jsonl") == [
-        {"stage": "rl", "step": 1, "a": 1.0, "b": None, "c": 3, "d": 1e-9}
-    ]
+    assert lines(tmp_path / "metrics.jsonl") == [{"stage": "rl", "step": 1, "a": 1.0, "b": None, "c": 3, "d": 1e-9}]
     assert lines(tmp_path / "samples.jsonl") == [{"step": 1, "text": "[red]ü", "reward": 0.5, "ended": True}]
     assert [tag for _, tag, _ in read_events(tmp_path / "tensorboard" / "rl")] == ["a", "c", "d"]
     with pytest.raises((TypeError, ValueError)):

@@ -124,9 +124,7 @@ def test_token_terms_keep_their_order_and_the_entropy_is_torchs():
     logits = torch.tensor(hidden @ table.T)
     picked = logits.log_softmax(1)[torch.arange(N), torch.tensor(targets)]
     np.testing.assert_allclose(terms.logp, picked, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(
-        terms.entropy, torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-4
-    )
+    np.testing.assert_allclose(terms.entropy, torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-4)
     assert not np.asarray(terms.kl).any()
 
 
@@ -179,12 +177,8 @@ def contrast(encoded):
 def test_grad_cache_equals_the_plain_gradient(chunks):
     params = {"first": normal(D, 10), "second": normal(10, 4)}
     batch = {"x": normal(16, D), "length": np.arange(16)}
-    (want, want_aux), gradient = jax.value_and_grad(lambda p: contrast(encode(p, batch)), has_aux=True)(
-        params
-    )
-    (got, aux), cached = jax.jit(lambda p, b: grad_cache(encode, contrast, p, b, chunks, has_aux=True))(
-        params, batch
-    )
+    (want, want_aux), gradient = jax.value_and_grad(lambda p: contrast(encode(p, batch)), has_aux=True)(params)
+    (got, aux), cached = jax.jit(lambda p, b: grad_cache(encode, contrast, p, b, chunks, has_aux=True))(params, batch)
     assert float(got) == pytest.approx(float(want), rel=1e-5)
     assert float(aux["loss"]) == pytest.approx(float(want_aux["loss"]), rel=1e-5)
     for name in params:
@@ -217,9 +211,7 @@ def test_a_mesh_gives_the_same_as_one_device():
             return jnp.einsum("nd,vd->nv", hidden, a["table"], out_sharding=spec)
 
         own = jnp.arange(tokens)
-        contrastive = info_nce(query, docs, own, a["left_out"], 0.1) + triplet_margin(
-            query, docs, query * docs, 0.2
-        )
+        contrastive = info_nce(query, docs, own, a["left_out"], 0.1) + triplet_margin(query, docs, query * docs, 0.2)
         # Six tokens a chunk divide neither the tokens nor the devices.
         language = chunked_token_losses(query, logits, a["targets"], a["weights"], ref_hidden=docs, chunk=6)
         cached, gradient = grad_cache(

@@ -15,9 +15,7 @@ def _random_case(rng):
     qrels, run = {}, {}
     for q in range(3):
         judged = rng.choice(documents, rng.integers(1, min(len(documents), 30)), replace=False)
-        qrels[f"q{q}"] = {
-            str(d): int(g) for d, g in zip(judged, rng.integers(-1, 4, len(judged)), strict=True)
-        }
+        qrels[f"q{q}"] = {str(d): int(g) for d, g in zip(judged, rng.integers(-1, 4, len(judged)), strict=True)}
         found = rng.choice(documents, rng.integers(1, len(documents)), replace=False)
         scores = rng.integers(0, 6, len(found)) / 7.0
         if rng.random() < 0.5:

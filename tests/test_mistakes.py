@@ -168,9 +168,7 @@ BAD_DATA = [
 
 
 @pytest.mark.parametrize("name, line, sentence", BAD_DATA)
-def test_a_malformed_line_is_named_by_file_and_number(
-    shared, tmp_path, monkeypatch, capsys, name, line, sentence
-):
+def test_a_malformed_line_is_named_by_file_and_number(shared, tmp_path, monkeypatch, capsys, name, line, sentence):
     shutil.copytree(shared / "data", tmp_path / "data")
     lines = (tmp_path / "data" / name).read_text().splitlines()
     (tmp_path / "data" / name).write_text("\n".join([line, *lines[1:]]) + "\n")

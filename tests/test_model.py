@@ -164,9 +164,7 @@ def test_remat_saves_less_and_changes_no_value():
         kept = jax.eval_shape(lambda p, f=f: jax.vjp(f, p)[1], weights(config))
         saved[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
     assert saved["full"] < 0.8 * saved["dots"] < 0.8 * 0.8 * saved["none"], saved
-    plain, full = (
-        jax.jit(jax.value_and_grad(functions[name]))(weights(sizes())) for name in ("none", "full")
-    )
+    plain, full = (jax.jit(jax.value_and_grad(functions[name]))(weights(sizes())) for name in ("none", "full"))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), full, plain)
 
 

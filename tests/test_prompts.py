@@ -110,9 +110,7 @@ def test_rendering_and_ids_of_the_published_tokenizer(tmp_path):
 
     published = json.loads((folder / "tokenizer_config.json").read_text())
     ours.save(tmp_path / "with_embed")
-    reference = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "with_embed" / "tokenizer.json")
-    )
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "with_embed" / "tokenizer.json"))
     reference.chat_template = published["chat_template"]
     check_against(ChatFormat(ours, Prompts()), reference)
 
@@ -144,11 +142,7 @@ def test_control_tokens_typed_by_a_user_stay_text(small):
 
 def test_batches_equal_singles(small):
     chat = ChatFormat(small, Prompts())
-    assert (
-        chat.documents(QUERIES, 5)
-        == chat.direct_queries(QUERIES, 5)
-        == [chat.document(q, 5) for q in QUERIES]
-    )
+    assert chat.documents(QUERIES, 5) == chat.direct_queries(QUERIES, 5) == [chat.document(q, 5) for q in QUERIES]
     assert chat.reasoning_prompts(QUERIES, 5) == [chat.reasoning_prompt(q, 5) for q in QUERIES]
     thoughts = QUERIES[::-1]
     assert chat.reasonings(QUERIES, thoughts, 5, 4) == [

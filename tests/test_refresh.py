@@ -50,9 +50,7 @@ def test_boundary_by_hand():
     one = 1 / np.log2(2) - 1 / np.log2(3)  # the largest move around rank 1 and around rank 2 alike
     expected = np.array([0, one * norm.sf(1), 0, one * (norm.sf(29) + norm.sf(1)), one * norm.sf(10.5), 0])
     case = small()
-    arguments = [
-        case[x] for x in ("versions", "step", "candidates", "scores", "theta", "ranks", "sigma", "k")
-    ]
+    arguments = [case[x] for x in ("versions", "step", "candidates", "scores", "theta", "ranks", "sigma", "k")]
     priority = boundary_priority(*arguments)
     np.testing.assert_allclose(priority, expected, rtol=1e-6, atol=1e-30)
     assert choose("boundary", **case).tolist() == [2, 1, 3, 4]  # 3's extra norm.sf(29) is lost in rounding

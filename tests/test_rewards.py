@@ -96,9 +96,7 @@ def test_no_token_no_reward_whatever_stands_in_the_arrays(name):
     scores = CASE["scores"].copy()
     scores[1] = np.nan
     extra = {"ranks": [2, 0]} if name == "log_rank" else {}
-    got = REWARDS[name](
-        **(CASE | {"scores": scores}), k=3, size=100, emitted=np.array([True, False]), **extra
-    )
+    got = REWARDS[name](**(CASE | {"scores": scores}), k=3, size=100, emitted=np.array([True, False]), **extra)
     assert got[1] == 0.0 and got[0] == call(REWARDS[name])[0]
 
 

@@ -248,9 +248,7 @@ def updated(parts, weights, batch):
 
 
 def distance(a, b) -> float:
-    return max(
-        float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
+    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def test_groups_of_equal_rewards_give_no_policy_gradient(folder, weights, batch):
@@ -285,9 +283,7 @@ def test_gradient_caching_changes_nothing(folder, parts, weights, batch):
 
 def test_a_mesh_gives_the_rewards_and_losses_of_one_device(folder, weights, plain):
     rows, _ = play(fixtures.parts(folder, (1, 4, 2)), weights, 2)
-    for step, ((batch, stats, metrics), (batch1, stats1, metrics1)) in enumerate(
-        zip(rows, plain[0], strict=True)
-    ):
+    for step, ((batch, stats, metrics), (batch1, stats1, metrics1)) in enumerate(zip(rows, plain[0], strict=True)):
         np.testing.assert_array_equal(batch["tokens"], batch1["tokens"])
         np.testing.assert_allclose(batch["rewards"], batch1["rewards"], atol=1e-4 * (1 + 9 * step))
         np.testing.assert_allclose(batch["old_logp"], batch1["old_logp"], atol=1e-4 * (1 + 9 * step))

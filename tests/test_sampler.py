@@ -62,10 +62,7 @@ def endings(done) -> dict[str, int]:
     counts = {"emitted": 0, "closed": 0, "cut": 0}
     steps = done.tokens.shape[2]
     for tokens, logp, mask, n, emitted in zip(
-        *(
-            x.reshape(-1, *x.shape[2:])
-            for x in (done.tokens, done.logp, done.mask, done.lengths, done.emitted)
-        ),
+        *(x.reshape(-1, *x.shape[2:]) for x in (done.tokens, done.logp, done.mask, done.lengths, done.emitted)),
         strict=True,
     ):
         thought = tokens[: n - 1].tolist()

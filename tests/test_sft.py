@@ -159,9 +159,9 @@ def test_values_and_gradients_of_all_four_terms_equal_torch(parts, batch, monkey
     total.backward()
     total = total.item()
     arrays = jax.tree.map(jnp.asarray, batch)
-    (value, metrics), gradient = jax.jit(
-        jax.value_and_grad(lambda p: ours(parts, arrays, p, reference), has_aux=True)
-    )(params)
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(lambda p: ours(parts, arrays, p, reference), has_aux=True))(
+        params
+    )
     assert float(value) == pytest.approx(total, rel=1e-4)
     for name, term in want.items():
         assert term.item() > 0.01
@@ -219,11 +219,7 @@ def plain(parts):
 
 def same_metrics(found, wanted, rel=1e-4):
     for a, b in zip(found, wanted, strict=True):
-        assert (
-            a.keys()
-            == b.keys()
-            >= {"loss", "loss/ce", "loss/kl", "loss/infonce", "loss/triplet", "grad_norm"}
-        )
+        assert a.keys() == b.keys() >= {"loss", "loss/ce", "loss/kl", "loss/infonce", "loss/triplet", "grad_norm"}
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), name
 
@@ -280,9 +276,7 @@ def test_what_a_batch_holds(parts):
     row_of = {text: row for row, text in enumerate(data.query_texts)}
     lines = (parts.workdir / "thoughts.jsonl").read_text().splitlines()
     thoughts = {line["query_id"]: line["text"] for line in map(json.loads, lines)}
-    texts = {
-        chat.tokenizer.decode(ids): i for i, ids in enumerate(map(chat.tokenizer.encode, data.doc_texts))
-    }
+    texts = {chat.tokenizer.decode(ids): i for i, ids in enumerate(map(chat.tokenizer.encode, data.doc_texts))}
     assert len(texts) == 200
     seen = set()
     for batch, numbers in batches(parts, 8):

@@ -47,9 +47,7 @@ def test_seeded():
 def test_level_is_kept():
     """With no true difference p < 0.1 comes in about a tenth of the cases, across block borders too."""
     rng = np.random.default_rng(2)
-    low = np.mean(
-        [paired_randomisation(rng.random(30), rng.random(30), 199, seed=s) <= 0.1 for s in range(600)]
-    )
+    low = np.mean([paired_randomisation(rng.random(30), rng.random(30), 199, seed=s) <= 0.1 for s in range(600)])
     assert 0.06 < low < 0.14
 
 

@@ -55,9 +55,7 @@ def test_records_of_a_split(tmp_path):
 def test_content_is_written_once_and_only_once(tmp_path, monkeypatch):
     written = []
     write = store._write
-    monkeypatch.setattr(
-        store, "_write", lambda records, final: (written.append(final.name), write(records, final))
-    )
+    monkeypatch.setattr(store, "_write", lambda records, final: (written.append(final.name), write(records, final)))
     other = dataclasses.replace(DATA, fingerprint="e" * 64)
     for data, split, thoughts in (
         (DATA, "train", {}),
@@ -69,9 +67,7 @@ def test_content_is_written_once_and_only_once(tmp_path, monkeypatch):
     ):
         store.training_source(data, split, tmp_path, thoughts)
     assert len(written) == len(set(written)) == 4
-    assert sorted(written) == sorted(
-        folder.name for folder in tmp_path.iterdir()
-    )  # nothing else is left lying
+    assert sorted(written) == sorted(folder.name for folder in tmp_path.iterdir())  # nothing else is left lying
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):

@@ -62,9 +62,7 @@ def test_boilerplate_of_many_documents_is_dropped():
 
 def test_best_graded_document_is_the_one():
     docs = ["alpha one", "beta two", "gamma three"]
-    data = dataset(
-        docs, ["q0", "q1", "q2"], {"q0": {"d0": 1, "d1": 2}, "q1": {"d2": 1, "d0": 1}, "q2": {"d2": 0}}
-    )
+    data = dataset(docs, ["q0", "q1", "q2"], {"q0": {"d0": 1, "d1": 2}, "q1": {"d2": 1, "d0": 1}, "q2": {"d2": 0}})
     assert thoughts.build(data, max_terms=4) == {"q0": "beta two", "q1": "gamma three"}  # q2 has none
 
 

@@ -16,9 +16,7 @@ from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
 from tests import fixtures
 
-TRAINED = [
-    f"{stage}_{how}" for stage in ("sft", "rl") for how in ("direct", "reasoning", "empty", "shuffled")
-]
+TRAINED = [f"{stage}_{how}" for stage in ("sft", "rl") for how in ("direct", "reasoning", "empty", "shuffled")]
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
 
 
@@ -92,9 +90,7 @@ def test_what_a_run_leaves_on_disk(finished):
     assert {r["step"] for r in lines(folder / "samples.jsonl")} == {2, 4}
     assert len(list((folder / "trec").glob("*.run"))) == 2 * 10
     assert len(json.loads((folder / "examples.json").read_text())) == 40
-    assert "<html" in (folder / "report.html").read_text() and list(
-        (folder / "tensorboard").rglob("*tfevents*")
-    )
+    assert "<html" in (folder / "report.html").read_text() and list((folder / "tensorboard").rglob("*tfevents*"))
     assert (folder / "tokenizer" / "tokenizer.json").exists() and (folder / "thoughts.jsonl").exists()
     assert json.loads((folder / "config.json").read_text())["rl"]["steps"] == 4
     assert "stage sft: 40 steps" in said and "stage 1 runs before stage 2" in said
@@ -223,9 +219,7 @@ def same_run(folder, killed, whole):
         (a, data_a), (b, data_b) = (last_state(folder, w, stage) for w in (killed, whole))
         same_bits(a, b)
         assert data_a == data_b
-    assert list(map(timeless, lines(killed / "metrics.jsonl"))) == list(
-        map(timeless, lines(whole / "metrics.jsonl"))
-    )
+    assert list(map(timeless, lines(killed / "metrics.jsonl"))) == list(map(timeless, lines(whole / "metrics.jsonl")))
     assert (killed / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert (killed / "examples.json").read_bytes() == (whole / "examples.json").read_bytes()
     results = [json.loads((w / "results.json").read_text()) for w in (killed, whole)]

@@ -59,9 +59,7 @@ class Dataset:
         Queries come in the order of queries.jsonl. Raises UserError for an unknown split.
         """
         if split not in self.qrels:
-            raise UserError(
-                f"split {split!r} is not in data set {self.name!r}; use one of: {', '.join(self.qrels)}."
-            )
+            raise UserError(f"split {split!r} is not in data set {self.name!r}; use one of: {', '.join(self.qrels)}.")
         judged, found = self.qrels[split], {}
         for query in self.query_ids:
             grades = sorted(judged.get(query, {}).items(), key=lambda pair: -pair[1])  # stable: file order
@@ -120,9 +118,7 @@ def load(folder: str | pathlib.Path, *, on_error: str = "strict") -> Dataset:
     corpus, queries = _existing(folder, "corpus.jsonl"), _existing(folder, "queries.jsonl")
     qrel_files = sorted((folder / "qrels").glob("*.tsv"))
     if not qrel_files:
-        raise UserError(
-            f"{folder / 'qrels'} holds no .tsv file; add qrels/train.tsv (query-id, corpus-id, score)."
-        )
+        raise UserError(f"{folder / 'qrels'} holds no .tsv file; add qrels/train.tsv (query-id, corpus-id, score).")
 
     reader = _Reader(strict=on_error == "strict")
     docs = _read_texts(reader, corpus, "document", titled=True)
@@ -136,9 +132,7 @@ def load(folder: str | pathlib.Path, *, on_error: str = "strict") -> Dataset:
             raise UserError(f"{file} holds no usable {what}; add at least one line.")
     for split, path in zip(qrels, qrel_files, strict=True):
         if not any(grade > 0 for judged in qrels[split].values() for grade in judged.values()):
-            raise UserError(
-                f"{path} names no relevant document (score > 0); add judgements or delete the file."
-            )
+            raise UserError(f"{path} names no relevant document (score > 0); add judgements or delete the file.")
     return Dataset(
         name=folder.resolve().name,
         doc_ids=list(docs),
@@ -164,9 +158,7 @@ def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; give the path of a folder in BEIR form.")
     if not (folder / name).is_file():
-        raise UserError(
-            f"{folder / name} is missing; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/."
-        )
+        raise UserError(f"{folder / name} is missing; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/.")
     return folder / name
 
 
@@ -174,9 +166,7 @@ def _parse(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise _BadLine(
-            f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object"
-        ) from None
+        raise _BadLine(f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object") from None
     if not isinstance(row, dict):
         raise _BadLine(f"a JSON {type(row).__name__} where an object is needed; write one object per line")
     return row

@@ -48,9 +48,7 @@ class TrainingPairs(tfds.core.GeneratorBasedBuilder):
             "thought": tfds.features.Text(),
         }
         # The stream shuffles; on disk record i is query i of the split.
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         return {_SPLIT: self._generate_examples()}
@@ -108,9 +106,7 @@ def training_source(
         try:
             _write(records, final)
         except OSError as error:
-            raise UserError(
-                f"data cache {cache_dir} cannot be written ({error}); free or choose another."
-            ) from error
+            raise UserError(f"data cache {cache_dir} cannot be written ({error}); free or choose another.") from error
     return TrainingSource(final)
 
 

@@ -11,9 +11,7 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Any, np.random.Generator], Batch]
-_READ = grain.ReadOptions(
-    num_threads=2, prefetch_buffer_size=4
-)  # batches made ahead, beside the device's work
+_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches made ahead, beside the device's work
 
 
 class Source(Protocol):
@@ -57,9 +55,7 @@ def stream(
     if len(source) == 0:
         raise ValueError("source has no records.")
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} must be a positive multiple of process_count {process_count}."
-        )
+        raise ValueError(f"batch_size {batch_size} must be a positive multiple of process_count {process_count}.")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is outside [0, {process_count}).")
     # Random draws come before the slice: their seeds then follow the global position, not the process's own.

@@ -31,9 +31,7 @@ def as_run(query_ids: Sequence[str], doc_ids: Sequence[str], rows: np.ndarray, s
       ValueError: if the shapes do not fit together, or a query id occurs twice.
     """
     if rows.shape != scores.shape or len(rows) != len(query_ids):
-        raise ValueError(
-            f"rows {rows.shape}, scores {scores.shape} and {len(query_ids)} query_ids do not fit"
-        )
+        raise ValueError(f"rows {rows.shape}, scores {scores.shape} and {len(query_ids)} query_ids do not fit")
     if len(set(query_ids)) != len(query_ids):
         raise ValueError("query_ids holds an id twice")
     return {
@@ -51,16 +49,12 @@ def rank(scored: Mapping[str, float], k: int | None = None) -> list[str]:
     with np.errstate(over="ignore"):  # beyond float32 is infinite there too
         scores = np.fromiter(scored.values(), np.float64, len(scored)).astype(np.float32)
     if np.isnan(scores).any():
-        raise ValueError(
-            f"run: the score of document {list(scored)[int(np.isnan(scores).argmax())]!r} is NaN"
-        )
+        raise ValueError(f"run: the score of document {list(scored)[int(np.isnan(scores).argmax())]!r} is NaN")
     ordered = sorted(zip(scores.tolist(), scored, strict=True), reverse=True)
     return [doc_id for _, doc_id in ordered[:k]]
 
 
-def per_query(
-    run: Run, qrels: Qrels, metrics: Sequence[str] = DEFAULT_METRICS
-) -> dict[str, dict[str, float]]:
+def per_query(run: Run, qrels: Qrels, metrics: Sequence[str] = DEFAULT_METRICS) -> dict[str, dict[str, float]]:
     """Scores every query of ``qrels``; a query without returned documents gets 0.
 
     Args:
@@ -86,10 +80,7 @@ def per_query(
 
 def mean(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Means over queries of what ``per_query`` returns; NaN where there is no query."""
-    return {
-        name: math.fsum(values.values()) / len(values) if values else math.nan
-        for name, values in scores.items()
-    }
+    return {name: math.fsum(values.values()) / len(values) if values else math.nan for name, values in scores.items()}
 
 
 def unanswered(run: Run, qrels: Qrels) -> int:

@@ -59,9 +59,7 @@ def read_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
             query_id, _, doc_id, _, score, _ = columns
             scored = run.setdefault(query_id, {})
             if doc_id in scored:
-                raise UserError(
-                    f"{where}: document {doc_id!r} occurs twice for query {query_id!r}; remove one"
-                )
+                raise UserError(f"{where}: document {doc_id!r} occurs twice for query {query_id!r}; remove one")
             try:
                 scored[doc_id] = float(score)
             except ValueError:

@@ -37,9 +37,7 @@ def embed(params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[A
 embed_jit = partial(jax.jit, static_argnames=("config",))(embed)
 
 
-def pad(
-    rows: Sequence[Sequence[int]], length: int, count: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[Sequence[int]], length: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as a right-padded array [count, length] and their lengths; missing rows have length 1."""
     count = count or len(rows)
     tokens = np.zeros((count, length), np.int32)

@@ -35,9 +35,7 @@ def abstract(config: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.Abstrac
         axis = RULES[logical]
         parts, size = mesh.shape[axis], getattr(config, field)
         if size % parts:
-            raise UserError(
-                f"config.mesh.{axis}={parts} does not divide model.{field}={size}; choose a divisor of it."
-            )
+            raise UserError(f"config.mesh.{axis}={parts} does not divide model.{field}={size}; choose a divisor of it.")
     dtype = jnp.dtype(config.param_dtype)
     table = parameter_table(config)
     return unflatten(

@@ -213,9 +213,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, positions, mask, memory=None, slot=None):
         c = self.config
-        mixed, state = Attention(c, name="attn")(
-            RMSNorm(c, name="attn_norm")(x), positions, mask, memory, slot
-        )
+        mixed, state = Attention(c, name="attn")(RMSNorm(c, name="attn_norm")(x), positions, mask, memory, slot)
         x = x + mixed
         x = x + MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
         return x, state
@@ -290,9 +288,7 @@ def logits(params, config: ModelConfig, hidden: Float[Array, "... D"]) -> Float[
     """Logits in fp32 of hidden states; the vocabulary stays split over `tensor`."""
     table = unembedding(params, config)
     spec = P(BATCH, *([None] * (hidden.ndim - 2)), "tensor")
-    return jnp.einsum(
-        "...d,vd->...v", hidden, table, preferred_element_type=jnp.float32, out_sharding=out(spec)
-    )
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32, out_sharding=out(spec))
 
 
 def unstack(params, config: ModelConfig) -> dict:

@@ -102,9 +102,9 @@ def sample(
         new_k=tuple(empty() for _ in layers),
         new_v=tuple(empty() for _ in layers),
     )
-    keys = jax.vmap(
-        lambda p: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, p), g))(jnp.arange(group))
-    )(prompt_ids)
+    keys = jax.vmap(lambda p: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, p), g))(jnp.arange(group)))(
+        prompt_ids
+    )
     width = config.width
     state = SamplingState(
         slot=jnp.zeros((), jnp.int32),

@@ -80,8 +80,7 @@ def chart(
     for i, s in enumerate(drawn):
         shapes += _shapes(s, i, frame, stacked)
     legend = "".join(
-        f'<li><i class="key s{i}"></i>{html.escape(s.name)} '
-        f'<b data-key="{i}">{short(s.points[-1][1])}</b></li>'
+        f'<li><i class="key s{i}"></i>{html.escape(s.name)} <b data-key="{i}">{short(s.points[-1][1])}</b></li>'
         for i, s in enumerate(series)
     )
     heading = html.escape(title) + (f" <small>{html.escape(unit)}</small>" if unit else "")
@@ -101,9 +100,7 @@ def shares(title: str, parts: Sequence[tuple[str, float]]) -> str:
     if not parts:
         return ""
     total = sum(seconds for _, seconds in parts)
-    bar = "".join(
-        f'<i class="s{i % 6}" style="flex:{100 * s / total:.2f}"></i>' for i, (_, s) in enumerate(parts)
-    )
+    bar = "".join(f'<i class="s{i % 6}" style="flex:{100 * s / total:.2f}"></i>' for i, (_, s) in enumerate(parts))
     rows = "".join(
         f'<li><i class="key s{i % 6}"></i><span>{html.escape(name)}</span> <b>{duration(seconds)}</b> '
         f"<span>{100 * seconds / total:.0f} %</span></li>"
@@ -190,8 +187,7 @@ def _axes(frame: _Frame) -> str:
         x = frame.x(n * step)
         anchor = "start" if x < _LEFT + 12 else "end" if x > _WIDTH - _RIGHT - 12 else "middle"
         parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">'
-            f"{_tick(n * step, step)}</text>"
+            f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{_tick(n * step, step)}</text>'
         )
     return "".join(parts)
 
@@ -214,9 +210,7 @@ def _shapes(s: Series, i: int, frame: _Frame, stacked: bool) -> list[str]:
     if len(s.points) > 1 and not stacked:
         shapes.append(f'<path class="line s{i}" d="{frame.path(s.points)}"/>')
     if len(s.points) <= 25 and not stacked:
-        shapes += [
-            f'<circle class="s{i}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6"/>' for x, y in s.points
-        ]
+        shapes += [f'<circle class="s{i}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6"/>' for x, y in s.points]
     return shapes
 
 

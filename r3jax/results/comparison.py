@@ -73,8 +73,8 @@ def p_values(found: Mapping[str, Measured]) -> dict[str, float]:
     for left, right in QUESTIONS:
         a, b = (best if side == "best trained" else side for side in (left, right))
         if a in found and b in found and a != b:
-            scores = [np.array(list(found[x].per_query[METRIC].values())) for x in (a, b)]
-            answers[f"{left} > {right}"] = paired_randomisation(*scores)
+            ours, theirs = (np.array(list(found[x].per_query[METRIC].values())) for x in (a, b))
+            answers[f"{left} > {right}"] = paired_randomisation(ours, theirs)
     return answers
 
 

@@ -6,7 +6,7 @@ Conditions of one model: `direct` (fixed answer), `reasoning` (its own greedy th
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,7 +102,7 @@ class Reasoned:
 class Measured:
     """One condition on one split."""
 
-    run: dict[str, dict[str, float]]  # query id -> document id -> score
+    run: Mapping[str, Mapping[str, float]]  # query id -> document id -> score
     per_query: dict[str, dict[str, float]]  # metric -> query id -> value
     summary: dict[str, Any]  # as results.json holds it
     thoughts: list[str] | None = None
@@ -165,9 +165,7 @@ def evaluate(
     return found
 
 
-def examples(
-    dataset: Dataset, split: str, found: dict[str, Measured], count: int, hits: int = 5
-) -> list[dict]:
+def examples(dataset: Dataset, split: str, found: dict[str, Measured], count: int, hits: int = 5) -> list[dict]:
     """The first `count` queries with their thought, and the top hits with and without it: for the page."""
     reasoned, direct = found["reasoning"], found["direct"]
     cards = []
@@ -192,9 +190,7 @@ def examples(
                 "query": dataset.query_texts[dataset.query_row[query]],
                 "thought": reasoned.thoughts[i],
                 "emitted": bool(reasoned.emitted[i]),
-                "relevant": [
-                    {"doc_id": d, "text": dataset.doc_texts[dataset.doc_row[d]]} for d in sorted(relevant)
-                ],
+                "relevant": [{"doc_id": d, "text": dataset.doc_texts[dataset.doc_row[d]]} for d in sorted(relevant)],
                 "hits_with": top(reasoned),
                 "hits_without": top(direct),
                 "ndcg_with": reasoned.per_query["ndcg@10"][query],

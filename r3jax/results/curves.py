@@ -168,10 +168,7 @@ def index(lines: Sequence[Line]) -> str:
 def time(lines: Sequence[Line], stage_seconds: Mapping[str, Any]) -> str:
     """Where the time goes: within a reinforcement step, and over the stages of the run."""
     rl = _rl(lines)
-    values = {
-        name: [v for line in rl if (v := number(line.get(key))) is not None]
-        for key, name in _TIME.keys.items()
-    }
+    values = {name: [v for line in rl if (v := number(line.get(key))) is not None] for key, name in _TIME.keys.items()}
     step = [(name, statistics.median(seconds)) for name, seconds in values.items() if seconds]
     stages = [(_STAGES.get(name, name), number(seconds) or 0.0) for name, seconds in stage_seconds.items()]
     return _grid(
@@ -198,11 +195,7 @@ def _draw(plot: _Plot, lines: Sequence[Line], boundary: float | None = None) -> 
     series = [
         charts.Series(
             name,
-            [
-                (line["step"], value * plot.scale)
-                for line in lines
-                if (value := number(line.get(key))) is not None
-            ],
+            [(line["step"], value * plot.scale) for line in lines if (value := number(line.get(key))) is not None],
             band if i == 0 else (),
         )
         for i, (key, name) in enumerate(plot.keys.items())

@@ -65,9 +65,7 @@ def _thought(example: Mapping[str, Any]) -> str:
     if not text:
         text = '<p class="thought none">Nothing.</p>'
     if example.get("emitted") is False:
-        text += (
-            '<p class="note">It did not end with the embed token, so there is no vector to search with.</p>'
-        )
+        text += '<p class="note">It did not end with the embed token, so there is no vector to search with.</p>'
     return text
 
 

@@ -70,9 +70,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         _header(title, results, config)
         + (f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if links else "")
         + "<main>"
-        + "".join(
-            f'<section id="{anchor}"><h2>{name}</h2>{content}</section>' for anchor, name, content in sections
-        )
+        + "".join(f'<section id="{anchor}"><h2>{name}</h2>{content}</section>' for anchor, name, content in sections)
         + "</main><footer>Written by r3jax. This page is one file and loads nothing.</footer>"
     )
     page = pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -159,8 +157,7 @@ def _tiles(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _config(config: Mapping[str, Any]) -> str:
     """The resolved configuration, dotted key by dotted key."""
     entries = "".join(
-        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(_clip(value))}</dd></div>"
-        for key, value in _flatten(config)
+        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(_clip(value))}</dd></div>" for key, value in _flatten(config)
     )
     if not entries:
         return ""
@@ -199,9 +196,7 @@ def _split(results: Mapping[str, Any], split: str, conditions: Mapping[str, Mapp
     stage = None
     for (name, figures), cells in zip(conditions.items(), table.rows(conditions), strict=True):
         kind = name.split("_")[0] if name.startswith(("sft_", "rl_")) else "base"
-        classes = ["ours"] * (name == "rl_reasoning") + ["first-of-stage"] * (
-            kind != stage and stage is not None
-        )
+        classes = ["ours"] * (name == "rl_reasoning") + ["first-of-stage"] * (kind != stage and stage is not None)
         stage = kind
         share = 100 * (number(figures.get("ndcg@10")) or 0.0) / top
         bar = f'<span class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></span>'
@@ -216,8 +211,7 @@ def _split(results: Mapping[str, Any], split: str, conditions: Mapping[str, Mapp
     return (
         f'<h3 class="split">{html.escape(split.capitalize())}{size}</h3>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-        + _p_values((results.get("p_values") or {}).get(split) or {})
+        f"<tbody>{''.join(body)}</tbody></table></div>" + _p_values((results.get("p_values") or {}).get(split) or {})
     )
 
 
@@ -251,9 +245,7 @@ def _refresh(refresh: Mapping[str, Any]) -> str:
 
 def _figures(entries: Sequence[tuple[str, str | None]]) -> str:
     shown = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
-        for name, value in entries
-        if value
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in entries if value
     )
     return f'<dl class="figures">{shown}</dl>' if shown else ""
 

@@ -50,8 +50,7 @@ def plain(results: Mapping[str, Any]) -> str:
         widths = [max(len(row[c]) for row in grid) for c in range(len(grid[0]))]
         body = [
             "  ".join(
-                cell.ljust(w) if c == 0 else cell.rjust(w)
-                for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
             for row in grid
         ]
@@ -87,18 +86,13 @@ def headings() -> list[str]:
 def rows(conditions: Mapping[str, Mapping[str, Any]]) -> list[list[tuple[str, bool]]]:
     """Per condition its cells (text, is the best of its column); only ranking metrics have a best."""
     best = {
-        metric: max(
-            (v for c in conditions.values() if (v := number(c.get(metric))) is not None), default=None
-        )
+        metric: max((v for c in conditions.values() if (v := number(c.get(metric))) is not None), default=None)
         for metric in METRICS
     }
     return [
         [
             (name, False),
-            *(
-                (fixed(figures.get(m), 3), best[m] is not None and number(figures.get(m)) == best[m])
-                for m in METRICS
-            ),
+            *((fixed(figures.get(m), 3), best[m] is not None and number(figures.get(m)) == best[m]) for m in METRICS),
             (fixed(figures.get("thought_tokens"), 1), False),
             (percent(figures.get("token_rate")), False),
             (fixed(figures.get("ms_per_query"), 1), False),

@@ -58,9 +58,7 @@ class RefreshConfig:
 class Environment:
     """An index, its drift estimate and its probe set. All randomness is in `probes`, drawn from `seed`."""
 
-    def __init__(
-        self, index: VersionedIndex, reward: RewardConfig, refresh: RefreshConfig, *, probes: int, seed: int
-    ):
+    def __init__(self, index: VersionedIndex, reward: RewardConfig, refresh: RefreshConfig, *, probes: int, seed: int):
         self.index, self.reward_config, self.refresh = index, reward, refresh
         self.drift = DriftEstimate()
         rng = np.random.default_rng(seed)

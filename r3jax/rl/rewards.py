@@ -60,9 +60,7 @@ def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, ga
     ranks = np.where(ranking.emitted, ranks, 1.0)
     outside = ~((ranks >= 1) & (ranks <= size))  # catches NaN too
     if outside.any():
-        raise ValueError(
-            f"ranks must lie in 1..{size}, rollout {np.argmax(outside)} has {ranks[outside][0]:g}"
-        )
+        raise ValueError(f"ranks must lie in 1..{size}, rollout {np.argmax(outside)} has {ranks[outside][0]:g}")
     return ranking.finish(1.0 - np.log(ranks) / np.log(size))
 
 
@@ -95,9 +93,7 @@ def length_term(lengths, minimum: int, maximum: int) -> np.ndarray:
     `lengths` [R] counts the tokens of the thought, without the embed token.
     """
     if not 0 <= minimum <= maximum or maximum < 1:
-        raise ValueError(
-            f"minimum and maximum must satisfy 0 <= minimum <= maximum, not {minimum}, {maximum}"
-        )
+        raise ValueError(f"minimum and maximum must satisfy 0 <= minimum <= maximum, not {minimum}, {maximum}")
     lengths = np.asarray(lengths, np.float64)
     if not (np.isfinite(lengths) & (lengths >= 0)).all():
         raise ValueError("lengths must be finite and not negative")

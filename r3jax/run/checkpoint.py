@@ -220,9 +220,7 @@ class Checkpointer:
                 raise UserError(f"{where} it has no {name}.")
             shape, dtype, _ = saved[name]
             # a numpy leaf may have grown or shrunk since: an index's tree does
-            fits = (
-                len(shape) == leaf.ndim if isinstance(leaf, np.ndarray) else tuple(shape) == tuple(leaf.shape)
-            )
+            fits = len(shape) == leaf.ndim if isinstance(leaf, np.ndarray) else tuple(shape) == tuple(leaf.shape)
             if not fits or dtype != str(leaf.dtype):
                 wanted = f"{leaf.dtype}{list(leaf.shape)}"
                 raise UserError(f"{where} {name} is {dtype}{shape} there and {wanted} here.")

@@ -79,9 +79,7 @@ def parse(
     elif workdir:
         config = load_saved(pathlib.Path(workdir) / SAVED_NAME)
     else:
-        raise UserError(
-            f"--workdir is missing; name the folder of a run: python -m {entry} --workdir=runs/NAME"
-        )
+        raise UserError(f"--workdir is missing; name the folder of a run: python -m {entry} --workdir=runs/NAME")
     for key, text in overrides:
         override(config, key, text)
     return Parsed(config, pathlib.Path(workdir or DEFAULT_RUNS / config.get("name", "run")), plain)
@@ -110,9 +108,7 @@ def load(path: str) -> ConfigDict:
         raise UserError(f"--config: get_config of {name} must return a ConfigDict, not {_kind(config)}.")
     for key, value in leaves(config):
         if not _plain(value):
-            raise UserError(
-                f"{name}: config.{key} is {_kind(value)}; use numbers, strings, booleans, None, or tuples."
-            )
+            raise UserError(f"{name}: config.{key} is {_kind(value)}; use numbers, strings, booleans, None, or tuples.")
     return config.lock()
 
 
@@ -120,9 +116,7 @@ def choose(arg: str, options: Mapping[str, Any], what: str = "size") -> Any:
     """`options[arg]` for a config file's argument; a UserError that lists the valid ones otherwise."""
     if arg not in options:
         near = difflib.get_close_matches(arg, options, 1)
-        raise UserError(
-            f"--config: there is no {what} {arg!r}{_hint(near)}; choose one of {', '.join(options)}."
-        )
+        raise UserError(f"--config: there is no {what} {arg!r}{_hint(near)}; choose one of {', '.join(options)}.")
     return options[arg]
 
 
@@ -132,13 +126,9 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     if key not in known:
         inside = [k for k in known if k.startswith(key + ".")]
         if inside:
-            raise UserError(
-                f"--config.{key} is a group of fields; set one of them, such as --config.{inside[0]}=…"
-            )
+            raise UserError(f"--config.{key} is a group of fields; set one of them, such as --config.{inside[0]}=…")
         near = difflib.get_close_matches(key, known, 1) or _same_leaf(key, known)
-        raise UserError(
-            f"--config.{key}: the config has no such field{_hint(f'--config.{k}' for k in near)}."
-        )
+        raise UserError(f"--config.{key}: the config has no such field{_hint(f'--config.{k}' for k in near)}.")
     value = _read(key, text, known[key])
     with config.unlocked():  # a None may become a value of any type
         *groups, leaf = key.split(".")
@@ -185,9 +175,7 @@ def load_saved(path: pathlib.Path | str) -> ConfigDict:
     try:
         saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"--workdir: there is no {path}; name the folder of a run that train.py made."
-        ) from None
+        raise UserError(f"--workdir: there is no {path}; name the folder of a run that train.py made.") from None
     except ValueError as e:
         raise UserError(f"{path} is not a saved config: {e}.") from None
     return ConfigDict(_tuples(saved)).lock()
@@ -227,9 +215,7 @@ def _split(argv: Sequence[str], entry: str, known: Mapping[str, str]) -> Iterabl
             near = difflib.get_close_matches(name, known, 1)
             if not near and difflib.get_close_matches(name.split(".")[0], ["config"], 1) and "." in name:
                 near = ["config." + name.partition(".")[2]]
-            raise UserError(
-                f"unknown flag --{name}{_hint(f'--{n}' for n in near)}; see python -m {entry} --help."
-            )
+            raise UserError(f"unknown flag --{name}{_hint(f'--{n}' for n in near)}; see python -m {entry} --help.")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}=VALUE.")

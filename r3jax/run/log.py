@@ -137,9 +137,7 @@ class RunLog:
         path.touch()
         size = path.stat().st_size
         if size < offset:
-            self.say(
-                f"warning: {path} has {size} bytes where the checkpoint knew {offset}; lines are missing"
-            )
+            self.say(f"warning: {path} has {size} bytes where the checkpoint knew {offset}; lines are missing")
         file = path.open("r+", encoding="utf-8", newline="\n")
         file.truncate(min(size, offset))
         file.seek(0, 2)
@@ -176,10 +174,7 @@ class StageProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=self._text(numbers))
             return
-        due = (
-            step - self._last_line >= max(1, PLAIN_SHARE * self._total)
-            or now - self._last_time >= PLAIN_SECONDS
-        )
+        due = step - self._last_line >= max(1, PLAIN_SHARE * self._total) or now - self._last_time >= PLAIN_SECONDS
         if due or step >= self._total:
             self._last_line, self._last_time = step, now
             self._console.print(Text(f"{self._stage} {self._text(numbers)}"), soft_wrap=True)
@@ -201,9 +196,7 @@ class StageProgress:
         seconds = (now - then) / max(1, last - first)
         left = round(seconds * max(0, self._total - self._step))
         clock = (
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            if left >= 3600
-            else f"{left // 60}:{left % 60:02}"
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
         )
         words = [f"{self._step}/{self._total}", f"{seconds:.2f} s a step", f"{clock} left"]
         return ", ".join(words + [f"{name} {_short(float(value))}" for name, value in numbers.items()])

@@ -35,9 +35,7 @@ def above(low: float, *fields: str, why: str = "") -> list[Rule]:
 
 
 def between(low: float, high: float, *fields: str) -> list[Rule]:
-    return [
-        Rule((f,), lambda v: low <= v <= high, f"must be between {low} and {high}, not {{0}}") for f in fields
-    ]
+    return [Rule((f,), lambda v: low <= v <= high, f"must be between {low} and {high}, not {{0}}") for f in fields]
 
 
 def one_of(field: str, *options: str) -> list[Rule]:
@@ -124,9 +122,7 @@ RULES: list[Rule] = [
         "names {0!r}, which is not a folder with a tokenizer.json",
     ),
     # model
-    *at_least(
-        1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn"
-    ),
+    *at_least(1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn"),
     *at_least(1, "model.vocab"),
     *above(0, "model.rope_theta", "model.norm_eps"),
     Rule(("model.head_dim",), lambda v: v % 2 == 0, "must be even, for rotary positions turn pairs, not {0}"),
@@ -176,12 +172,8 @@ RULES: list[Rule] = [
     *at_least(0, "rl.probe_every"),
     *at_least(2, "rl.group_size", why=", for an advantage compares completions of the same query"),
     *above(0, "rl.temperature", "rl.learning_rate", "rl.clip_norm", "rl.contrastive_temperature"),
-    Rule(
-        ("rl.top_p",), lambda v: v == 1, "must be 1, for truncated sampling biases the policy ratio, not {0}"
-    ),
-    Rule(
-        ("rl.top_k",), lambda v: v == 0, "must be 0, for truncated sampling biases the policy ratio, not {0}"
-    ),
+    Rule(("rl.top_p",), lambda v: v == 1, "must be 1, for truncated sampling biases the policy ratio, not {0}"),
+    Rule(("rl.top_k",), lambda v: v == 0, "must be 0, for truncated sampling biases the policy ratio, not {0}"),
     *one_of("rl.advantage", *ADVANTAGES),
     *one_of("rl.ratio", *RATIOS),
     *one_of("rl.normalise", *NORMALISERS),

@@ -51,9 +51,7 @@ def row_ids(name: str, value, size: int) -> np.ndarray:
     array = array.astype(np.int64)
     outside = (array < 0) | (array >= size)
     if outside.any():
-        raise ValueError(
-            f"{name} names row {int(array[np.argmax(outside)])}, the index holds rows 0..{size - 1}"
-        )
+        raise ValueError(f"{name} names row {int(array[np.argmax(outside)])}, the index holds rows 0..{size - 1}")
     if np.unique(array).size != array.size:
         raise ValueError(f"{name} names the same row twice")
     return array

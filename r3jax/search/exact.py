@@ -52,8 +52,7 @@ class ExactBackend:
         """The k best rows [Q, k] int32 and scores [Q, k] float32, descending, ties to the lower row."""
         with jax.set_mesh(self._mesh):
             parts = [
-                self._search_block(queries[start : start + QUERIES], k)
-                for start in range(0, len(queries), QUERIES)
+                self._search_block(queries[start : start + QUERIES], k) for start in range(0, len(queries), QUERIES)
             ]
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 

@@ -55,9 +55,7 @@ class VersionedIndex:
             `tree_above` documents, above it partitions with anisotropic quantisation and exact re-ordering.
           leaves: the number of partitions of a tree; the square root of N where not given.
         """
-        vectors = np.array(
-            checks.unit_rows("vectors", checks.matrix("vectors", vectors))
-        )  # the index's own copy
+        vectors = np.array(checks.unit_rows("vectors", checks.matrix("vectors", vectors)))  # the index's own copy
         size = len(vectors)
         if size == 0:
             raise ValueError("vectors must hold at least one document")
@@ -163,9 +161,7 @@ class VersionedIndex:
         missing = {"vectors", "versions", "settings", "tree"} - set(state)
         if missing:
             raise ValueError(f"state lacks {', '.join(sorted(missing))}")
-        vectors = np.array(
-            checks.unit_rows("state['vectors']", checks.matrix("state['vectors']", state["vectors"]))
-        )
+        vectors = np.array(checks.unit_rows("state['vectors']", checks.matrix("state['vectors']", state["vectors"])))
         versions = np.array(state["versions"], dtype=np.int32)
         if versions.shape != (len(vectors),):
             raise ValueError(f"state['versions'] has shape {versions.shape} for {len(vectors)} vectors")

@@ -42,9 +42,7 @@ class DriftEstimate:
         """The estimate after one batch: stale and fresh scores [n] of re-encoded documents, ages [n] >= 1."""
         old, new, ages = (np.asarray(x, np.float64).ravel() for x in (old_scores, new_scores, ages))
         if not old.size == new.size == ages.size:
-            raise ValueError(
-                f"old_scores, new_scores, ages differ in length: {old.size}, {new.size}, {ages.size}"
-            )
+            raise ValueError(f"old_scores, new_scores, ages differ in length: {old.size}, {new.size}, {ages.size}")
         if old.size == 0:
             return self
         if not (np.isfinite(old).all() and np.isfinite(new).all()):

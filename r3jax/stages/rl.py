@@ -59,7 +59,7 @@ class PromptTransform:
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         known = np.full(MAX_POSITIVES, -1, np.int32)
         known[: len(record["positives"])] = record["positives"][:MAX_POSITIVES]
-        return {"query": np.int32(record["query_row"]), "known": known}
+        return {"query": np.array(record["query_row"], np.int32), "known": known}
 
 
 class RL:
@@ -101,9 +101,7 @@ class RL:
         self._whole = NamedSharding(mesh, P())  # on every device
         self._key = jax.device_put(jax.random.key(seed), self._whole)
         self._samples: list[dict] = []
-        self.update = jax.jit(
-            partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0
-        )
+        self.update = jax.jit(partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0)
 
     def next_batch(self, state: TrainState, step: int):
         clock = Clock()
@@ -263,9 +261,7 @@ def loss(result, batch, *, policy: PolicyConfig):
     count, group, steps = result["logp"].shape
 
     def rows(x):
-        return jnp.reshape(
-            x, (count * group, *x.shape[2:]), out_sharding=out(P(BATCH, *[None] * (x.ndim - 2)))
-        )
+        return jnp.reshape(x, (count * group, *x.shape[2:]), out_sharding=out(P(BATCH, *[None] * (x.ndim - 2))))
 
     mask = rows(batch["mask"])
     logp = rows(result["logp"])

@@ -10,6 +10,7 @@ Axes: B queries, H hard negatives per query, L length, D width, M = B (1 + H) do
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +91,11 @@ class PairTransform:
         known[: len(positives)] = positives[:MAX_POSITIVES]
         return {
             "direct": fill(direct, chat.direct_extra + n.query),
-            "direct_length": np.int32(len(direct)),
+            "direct_length": np.array(len(direct), np.int32),
             "reasoned": fill(reasoned, chat.reasoning_extra + n.query + n.thought + 1),
-            "reasoned_start": np.int32(len(prompt)),
-            "reasoned_length": np.int32(len(reasoned)),
-            "gold": np.bool_(gold),
+            "reasoned_start": np.array(len(prompt), np.int32),
+            "reasoned_length": np.array(len(reasoned), np.int32),
+            "gold": np.array(gold),
             "docs": np.stack([fill(r, doc_length) for r in rows]),
             "doc_lengths": np.array([len(r) for r in rows], np.int32),
             "doc_rows": np.array(docs, np.int32),
@@ -249,19 +250,15 @@ def loss(rows, batch, *, weights: Weights, temperature: float, margin: float):
     doc_rows = place(doc_rows, P(None))
     known = (batch["known"][:, :, None] == doc_rows[None, None, :]).any(1)
     positive = place(jnp.arange(count) * per_query, P(BATCH))
-    terms = {}
+    terms: dict[str, Any] = {}
     if weights.infonce:
-        pull = partial(
-            info_nce, docs=docs, positive=positive, false_negatives=known, temperature=temperature
-        )
+        pull = partial(info_nce, docs=docs, positive=positive, false_negatives=known, temperature=temperature)
         terms["infonce_direct"] = pull(rows["direct"])
         terms["infonce_reasoned"] = pull(rows["reasoned"])
         terms["infonce"] = 0.5 * (terms["infonce_direct"] + terms["infonce_reasoned"])
     if weights.triplet:
         terms["triplet"] = 0.5 * sum(
-            triplet_margin(
-                rows[name], rows["docs"][:, 0], hardest(rows[name], docs, known, positive), margin
-            )
+            triplet_margin(rows[name], rows["docs"][:, 0], hardest(rows[name], docs, known, positive), margin)
             for name in ("direct", "reasoned")
         )
     tokens = jnp.maximum(rows["answer_tokens"].sum(), 1)
@@ -269,9 +266,7 @@ def loss(rows, batch, *, weights: Weights, temperature: float, margin: float):
         terms["ce"] = rows["ce"].sum() / tokens
     if weights.kl:
         terms["kl"] = rows["kl"].sum() / tokens
-    total = sum(
-        w * terms[name] for name, w in dataclasses.asdict(weights).items() if w
-    )
+    total = sum(w * terms[name] for name, w in dataclasses.asdict(weights).items() if w)
     return total, {"loss": total} | {f"loss/{name}": value for name, value in terms.items()}
 
 

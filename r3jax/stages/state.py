@@ -80,7 +80,7 @@ def _placed(x: jax.Array, mesh) -> jax.Array:
     return x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, NamedSharding(mesh, P()))
 
 
-def abstract_state(params: Any, tx: optax.GradientTransformation, mesh, keep_reference: bool) -> TrainState:
+def abstract_state(params: Any, tx: optax.GradientTransformation, mesh, keep_reference: bool) -> Any:
     """The shapes and shardings of `new_state` from abstract params: what a restore asks for."""
     replicated = NamedSharding(mesh, P())
     opt_state = jax.eval_shape(tx.init, params)
@@ -92,7 +92,7 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh, keep_ref
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),  # type: ignore[arg-type]
         params=params,
         opt_state=jax.tree_util.tree_map_with_path(place, opt_state),
         reference=params if keep_reference else None,
@@ -118,7 +118,5 @@ def value_and_grad(encode: Callable, loss: Callable, params, batch, chunks: int)
 def apply(tx: optax.GradientTransformation, state: TrainState, gradient) -> tuple[TrainState, dict]:
     """One optimiser step and the gradient's norm before clipping."""
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    state = state.replace(
-        step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-    )
+    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     return state, {"grad_norm": optax.tree.norm(gradient)}

@@ -55,9 +55,7 @@ def answer_terms(
 
         def logits(h):
             # fp32 logits; the vocabulary is gathered for the soft-max over it
-            z = jnp.einsum(
-                "nd,vd->nv", h, table, preferred_element_type=jnp.float32, out_sharding=out(spec)
-            )
+            z = jnp.einsum("nd,vd->nv", h, table, preferred_element_type=jnp.float32, out_sharding=out(spec))
             return z / temperature
 
         return logits

@@ -51,9 +51,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer, prompts: Prompts):
         if EMBED_TOKEN in prompts.direct_assistant:
-            raise UserError(
-                f"prompts.direct_assistant contains {EMBED_TOKEN}; leave it out, it is added at the end."
-            )
+            raise UserError(f"prompts.direct_assistant contains {EMBED_TOKEN}; leave it out, it is added at the end.")
         self.tokenizer = tokenizer
         self.prompts = prompts
         self._direct_head = self._head(prompts.direct_system)
@@ -93,9 +91,7 @@ class ChatFormat:
             raise ValueError(f"thoughts has {len(thoughts)} entries for {len(queries)} queries.")
         prompts = self.reasoning_prompts(queries, max_text_tokens)
         cut = self._cut(thoughts, max_thought_tokens, "max_thought_tokens")
-        return [
-            prompt + thought + [self.tokenizer.embed_id] for prompt, thought in zip(prompts, cut, strict=True)
-        ]
+        return [prompt + thought + [self.tokenizer.embed_id] for prompt, thought in zip(prompts, cut, strict=True)]
 
     def reasoning(self, query: str, thought: str, max_text_tokens: int, max_thought_tokens: int) -> list[int]:
         """One full reasoning chat: prompt, thought, embed token."""

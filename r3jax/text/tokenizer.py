@@ -103,9 +103,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise UserError("no text to train a tokenizer on; add queries and documents to the data set.")
     specials = [PAD_TOKEN, IM_START, IM_END, EMBED_TOKEN]
     base_size = vocab_size - len(specials)
-    too_small = UserError(
-        f"vocab_size {vocab_size} is too small for the bytes and the chat format; use 512 or more."
-    )
+    too_small = UserError(f"vocab_size {vocab_size} is too small for the bytes and the chat format; use 512 or more.")
     if base_size < _BYTES:
         raise too_small
     inner = _HFTokenizer(models.BPE())
