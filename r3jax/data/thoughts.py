@@ -5,8 +5,8 @@ query (its rarest words, in its order), then key terms of its relevant document 
 most telling ones, in its order): "about clipboard history xclip". The rule knows nothing of any corpus. A document's
 terms are its words, flags (-x, --long) and the pieces of its paths and identifiers. Terms that are common in the
 corpus (stop words, placeholders) tell nothing; rare ones (names that a handful of documents hold) cannot be learnt
-from a handful of examples; the rarest of those between are the most telling. Words that the tokenizer would have to spell are left
-out too: a small model learns to choose words long before it learns to spell.
+from a handful of examples; the rarest of those between are the most telling. Words that the tokenizer would have
+to spell are left out too: a small model learns to choose words long before it learns to spell.
 """
 
 import collections
