@@ -192,6 +192,7 @@ def good(tmp_path):
         "kl_weight": 0.0,
         "contrastive_weight": 0.1,
         "contrastive_temperature": 0.05,
+        "hard_negatives": 1,
     }
     return ConfigDict(
         {

@@ -1,4 +1,4 @@
-"""Supervised thoughts: the telling terms of the relevant document; and what the bundled splits promise."""
+"""Supervised thoughts: concepts of the query and telling terms of its document; what the bundled splits promise."""
 
 import collections
 import pathlib
@@ -28,16 +28,15 @@ def dataset(docs, queries=("q0",), positives=None):
     )
 
 
-def test_rarest_terms_in_document_order_and_the_first_always():
-    docs = [
-        "the cat saw the Zebra and the -V yak",
-        "the cat saw the dog",
-        "the cat and the dog",
-        "the dog saw",
-    ]
-    assert thoughts.build(dataset(docs), max_terms=9) == {"q0": "the Zebra -V yak"}  # the others are common
-    assert thoughts.build(dataset(docs), max_terms=3) == {"q0": "the Zebra -V"}  # a tie goes to the earlier
-    assert thoughts.build(dataset(docs), max_terms=1) == {"q0": "the"}
+def build(data, query_terms=0, document_terms=99, **kwargs):
+    thinker = thoughts.Thinker(data, query_terms=query_terms, document_terms=document_terms, **kwargs)
+    return thoughts.build(data, thinker)
+
+
+def test_rarest_terms_of_the_document_in_its_order():
+    docs = ["the cat saw the Zebra and the -V yak", "the cat saw the dog", "the cat and the dog", "the dog saw"]
+    assert build(dataset(docs)) == {"q0": "about zebra -V yak"}  # the others are common
+    assert build(dataset(docs), document_terms=2) == {"q0": "about zebra -V"}  # a tie goes to the earlier
 
 
 @pytest.mark.parametrize(
@@ -46,30 +45,40 @@ def test_rarest_terms_in_document_order_and_the_first_always():
         ("apt-get -y install path/to/my_file.deb", "apt-get -y install path to my file deb"),
         ("curl --max-time=5 https://example.com", "curl --max-time 5 https example com"),
         ("tar -X --exclude x a-b|c", "tar -X --exclude x a-b c"),  # -X is not x
-        ("Écrire écrire: naïve", "Écrire naïve"),  # one term, as it first occurs
+        ("Écrire écrire: naïve", "écrire naïve"),
         ("rm - -- ...", "rm"),
     ],
 )
 def test_terms_are_words_flags_and_pieces(text, terms):
-    assert thoughts.build(dataset([text]), max_terms=99) == {"q0": terms}
+    assert build(dataset([text])) == {"q0": f"about {terms}"}
 
 
-def test_boilerplate_of_many_documents_is_dropped():
-    docs = [f"run{i} path/to/file{i} --jobs" for i in range(100)]
-    built = thoughts.build(dataset(docs, [f"q{i}" for i in range(100)]), max_terms=9)
-    assert built["q7"] == "run7 file7"
+def test_concepts_come_first_and_are_not_repeated():
+    data = dataset(["xclip clipboard -o"], ["q0"])
+    thinker = thoughts.Thinker(data, query_terms=2, document_terms=2)
+    assert thinker("text of q0", "xclip q0") == "about text q0 xclip"  # of is in no training query, xclip in no query
+    assert thinker("Text TEXT q0", "-o") == "about text q0 -o"
+    only = thoughts.Thinker(data, query_terms=2, document_terms=2, is_word=lambda term: term == "q0")
+    assert only("text q0", "xclip clipboard") == "about q0"
+    assert only("nothing known", "xclip") == ""
+
+
+def test_boilerplate_and_single_occurrences_of_many_documents_are_dropped():
+    docs = [f"run{i} verb{i // 4} path/to/file --jobs" for i in range(4000)]
+    built = build(dataset(docs, [f"q{i}" for i in range(4000)]))
+    assert built["q7"] == "about verb1"  # run7 is too rare to be learnt, the rest too common to tell
 
 
 def test_best_graded_document_is_the_one():
     docs = ["alpha one", "beta two", "gamma three"]
     data = dataset(docs, ["q0", "q1", "q2"], {"q0": {"d0": 1, "d1": 2}, "q1": {"d2": 1, "d0": 1}, "q2": {"d2": 0}})
-    assert thoughts.build(data, max_terms=4) == {"q0": "beta two", "q1": "gamma three"}  # q2 has none
+    assert build(data) == {"q0": "about beta two", "q1": "about gamma three"}  # q2 has none
 
 
-def test_document_without_terms_gives_no_thought_and_bad_max_terms_is_refused():
-    assert thoughts.build(dataset([":(){ :|:& };:"]), max_terms=4) == {}
-    with pytest.raises(ValueError, match="max_terms"):
-        thoughts.build(dataset(["x"]), max_terms=0)
+def test_document_without_terms_gives_no_thought_and_no_terms_at_all_are_refused():
+    assert build(dataset([":(){ :|:& };:"])) == {}
+    with pytest.raises(ValueError, match="query_terms and document_terms"):
+        build(dataset(["x"]), document_terms=0)
 
 
 def test_written_thoughts_are_read_back(tmp_path):
@@ -117,9 +126,9 @@ def test_bundled_splits_keep_their_promises(bundled):
 
 
 def test_bundled_thoughts(bundled):
-    built = thoughts.build(bundled, max_terms=4)
+    built = build(bundled, query_terms=3, document_terms=3)
     positives = bundled.positives("train")
-    assert set(built) <= set(positives) and len(built) > 0.999 * len(positives)
-    assert all(1 <= len(text.split()) <= 4 for text in built.values())
-    assert sum(len(text.split()) for text in built.values()) / len(built) > 3
-    assert not any("path" in text.split() for text in built.values() if not text.startswith("path"))
+    assert set(built) <= set(positives) and len(built) > 0.99 * len(positives)
+    assert all(2 <= len(text.split()) <= 7 for text in built.values())
+    assert sum(len(text.split()) for text in built.values()) / len(built) > 4
+    assert not any({"path", "to"} & set(text.split()[4:]) for text in built.values())
