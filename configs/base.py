@@ -72,8 +72,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "remat": "full",
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-            "checkpoint": {"every": 60 if tiny else 50, "keep": 2},
+            "checkpoint": {"every": 50, "keep": 2},
             "log": {"every": 5, "samples_every": 20},
-            "evaluate": {"every": 60 if tiny else 100, "batch_size": 256 if tiny else 32},
+            "evaluate": {"every": 175 if tiny else 100, "batch_size": 256 if tiny else 32},
         }
     )

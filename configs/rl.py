@@ -18,10 +18,10 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "chunks": 1 if tiny else 16,
             "max_new_tokens": 16 if tiny else 256,
             # Sampling must be plain: truncation (top_p, top_k) biases the ratio and is refused.
-            "temperature": 1.0,
+            "temperature": 0.7 if tiny else 1.0,
             "top_p": 1.0,
             "top_k": 0,
-            "learning_rate": 2e-4 if tiny else 1e-6,
+            "learning_rate": 3e-4 if tiny else 1e-6,
             "warmup": 5,
             "weight_decay": 0.0,
             "clip_norm": 5.0 if tiny else 1.0,
@@ -53,7 +53,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         {
             "kind": "scann",
             "policy": "hybrid",
-            "budget": 0.1 if tiny else 0.03,  # share of the corpus re-encoded per step, at most
+            "budget": 0.05,  # share of the corpus re-encoded per step, at most
             "round_robin_share": 0.25,
             "over_retrieve": 100,
             "max_age": 0,  # steps; 0 for no bound

@@ -12,7 +12,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = f"sft-{arg}"
     config.sft = ConfigDict(
         {
-            "steps": 400 if tiny else 2000,
+            "steps": 700 if tiny else 2000,
             "batch_size": 256,
             "chunks": 1 if tiny else 16,  # gradient caching: the same gradient in so many parts
             "learning_rate": 2e-3 if tiny else 1e-5,
