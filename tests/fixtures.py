@@ -76,6 +76,8 @@ MICRO = {
     "sft.chunks": 1,
     "sft.warmup": 0,
     "sft.kl_weight": 0.1,
+    "sft.corrupt_thoughts": 0.3,
+    "sft.pseudo_queries": 0.0,
     "rl.steps": 4,
     "rl.prompts": 8,
     "rl.group_size": 4,
@@ -83,6 +85,7 @@ MICRO = {
     "rl.warmup": 0,
     "rl.learning_rate": 3e-3,
     "rl.max_new_tokens": 6,
+    "rl.temperature": 1.5,  # some completions end by themselves, some are cut
     "rl.probe_every": 2,
     "rl.reward.min_tokens": 2,
     "rl.reward.max_tokens": 5,
@@ -98,11 +101,12 @@ MICRO = {
 }
 
 
-def write_dataset(folder: pathlib.Path) -> pathlib.Path:
-    """A BEIR folder of 200 documents and queries that rephrase them: 120 to train on, 20 in each other split.
+def write_dataset(folder: pathlib.Path, thoughts: bool = False) -> pathlib.Path:
+    """A BEIR folder: 200 documents, queries that rephrase them, 120 to train on and 20 in each other split.
 
     Queries of `seen` ask again for documents of the training queries, those of `unseen` and `validation` for
-    others. One training query in ten has two relevant documents.
+    others. One training query in ten has two relevant documents. With `thoughts` the folder brings its own,
+    of one to three words; without, the run writes them.
     """
     rng = np.random.default_rng(0)
     triples = [(v, n, p) for v in VERBS for n in NOUNS for p in PLACES]
@@ -128,7 +132,12 @@ def write_dataset(folder: pathlib.Path) -> pathlib.Path:
             if split == "train" and row % 10 == 0:
                 qrels[split].append((query, f"d{row + 1}"))
     (folder / "qrels").mkdir(parents=True)
-    for name, lines in (("corpus", documents), ("queries", queries)):
+    files = {"corpus": documents, "queries": queries}
+    if thoughts:
+        files["thoughts"] = [
+            {"query_id": f"train{row}", "text": " ".join(triples[row][: 1 + row % 3])} for row in splits["train"]
+        ]
+    for name, lines in files.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     for split, pairs in qrels.items():
@@ -156,7 +165,7 @@ def config(folder: pathlib.Path, file: str = "rl", **changes) -> ConfigDict:
 def parts(folder: pathlib.Path, mesh: tuple[int, int, int] = (1, 1, 1), file: str = "rl", **changes) -> Parts:
     """The parts of a micro run on a (data, fsdp, tensor) mesh of the first devices."""
     if not (folder / "data").exists():
-        write_dataset(folder / "data")
+        write_dataset(folder / "data", thoughts=True)
     devices = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     return assembly.parts(config(folder, file, **changes), folder / "run", devices)
 
@@ -198,5 +207,5 @@ def finished_run() -> tuple[pathlib.Path, str]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_dataset(folder / "data")
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        train.main([*flags(folder), f"--workdir={folder / 'run'}"])
+        train.main([*flags(folder, sft__pseudo_queries=0.25), f"--workdir={folder / 'run'}"])
     return folder, said.getvalue()

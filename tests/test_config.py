@@ -6,6 +6,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
+from configs import rl
 from r3jax.errors import UserError
 from r3jax.run import config as configs
 from r3jax.run.rules import RULES
@@ -164,7 +165,7 @@ def test_a_bug_keeps_its_trace_and_ctrl_c_is_130(monkeypatch):
 
 @pytest.fixture
 def good(tmp_path):
-    """A config that has each field of the rules, all of them valid."""
+    """The default config, with a few values that the impossible ones below are held against."""
     (tmp_path / "qrels").mkdir()
     for name in (
         "corpus.jsonl",
@@ -172,65 +173,14 @@ def good(tmp_path):
         *(f"qrels/{s}.tsv" for s in ("train", "validation", "seen")),
     ):
         (tmp_path / name).touch()
-    data = {"path": str(tmp_path), "on_error": "strict", "train_split": "train", "workers": 0}
-    data |= {"validation_split": "validation", "eval_splits": ("seen",)}
-    model = {"layers": 2, "width": 8, "heads": 4, "kv_heads": 2, "head_dim": 4, "ffn": 16, "vocab": 512}
-    model |= {"rope_theta": 1e6, "norm_eps": 1e-6, "compute_dtype": "float32", "param_dtype": "float32"}
-    model |= {"remat": "full"}
-    weights = {"ce_weight": 1.0, "kl_weight": 0.0, "infonce_weight": 1.0, "triplet_weight": 0.0}
-    optimiser = {"steps": 3, "learning_rate": 1e-3, "warmup": 0, "weight_decay": 0.0, "clip_norm": 1.0}
-    reward = {"name": "dcg_scaled"}
-    reward |= {"k": 10, "retrieval": 1.0, "format": 0.1, "length": 0.1, "min_tokens": 4, "max_tokens": 16}
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24, "group_size": 8}
-    kinds = {"advantage": "grpo", "ratio": "token", "normalise": "token", "kl": "k3"}
-    policy = kinds | {
-        "prompts": 4,
-        "chunks": 1,
-        "probe_every": 0,
-        "clip_low": 0.2,
-        "clip_high": 0.3,
-        "kl_weight": 0.0,
-        "contrastive_weight": 0.1,
-        "contrastive_temperature": 0.05,
-        "hard_negatives": 1,
-    }
-    return ConfigDict(
-        {
-            "name": "good",
-            "seed": 0,
-            "init_from": "",
-            "data": data
-            | {"max_query_tokens": 8, "max_doc_tokens": 8, "max_thought_tokens": 8}
-            | {"thought_query_terms": 3, "thought_document_terms": 2},
-            "tokenizer": {"path": "", "vocab_size": 512},
-            "model": model,
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-            "sft": optimiser
-            | weights
-            | {
-                "batch_size": 4,
-                "chunks": 1,
-                "temperature": 0.05,
-                "margin": 0.2,
-                "corrupt_thoughts": 0.5,
-                "pseudo_queries": 0.2,
-            },
-            "rl": optimiser | sampling | policy | {"reward": reward},
-            "index": {
-                "kind": "exact",
-                "policy": "boundary",
-                "budget": 0.1,
-                "rebuild_below": 0.9,
-                "round_robin_share": 0.25,
-                "max_age": 5,
-                "probes": 8,
-                "over_retrieve": 50,
-            },
-            "checkpoint": {"every": 10, "keep": 2},
-            "log": {"every": 1, "samples_every": 10},
-            "evaluate": {"every": 0, "batch_size": 8},
-        }
-    )
+    config = rl.get_config()
+    config.data.update({"path": str(tmp_path), "eval_splits": ("seen",)})
+    config.tokenizer.vocab_size = 512
+    config.model.update({"heads": 4, "kv_heads": 2, "vocab": 512})
+    config.sft.update({"kl_weight": 0.0, "triplet_weight": 0.0})
+    config.rl.max_new_tokens = 24
+    config.rl.reward.update({"k": 10, "min_tokens": 4, "max_tokens": 16})
+    return config
 
 
 def test_a_good_config_passes_every_rule(good):

@@ -136,6 +136,30 @@ def test_only_what_was_chosen_is_encoded():
         world.encoded = 0
 
 
+def test_hard_negatives_are_what_the_rollouts_ranked_best_and_should_not_have():
+    world = World()
+    env = environment(world, policy="full")
+    for step in (1, 2):
+        world.move()
+        rollouts = world.rollouts()
+        env.score(rollouts, world.encode, step)
+        known = rollouts.relevant[::GROUP]
+        found = env.hard_negatives(known, GROUP, 5)
+        for i, scores in enumerate((rollouts.vectors @ world.vectors.T).reshape(QUERIES, GROUP, -1).max(1)):
+            wrong = [d for d in np.argsort(-scores, kind="stable") if d not in known[i]]
+            assert list(found[i]) == wrong[:5]
+
+
+def test_where_there_are_too_few_wrong_documents_a_relevant_one_stands_in():
+    """The loss leaves relevant documents out of the negatives."""
+    world = World()
+    env = environment(world, k=1, over_retrieve=1)
+    rollouts = world.rollouts(noise=0.0)
+    env.score(rollouts, world.encode, 1)
+    known = rollouts.relevant[::GROUP]
+    np.testing.assert_array_equal(env.hard_negatives(known, GROUP, 3), np.repeat(known[:, :1], 3, axis=1))
+
+
 def test_a_budget_smaller_than_the_positives_is_kept():
     world = World()
     env = environment(world, budget=3)

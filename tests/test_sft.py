@@ -15,11 +15,7 @@ from tests import fixtures
 
 WEIGHTS = sft.Weights(ce=0.7, kl=0.3, infonce=1.0, triplet=0.4)
 TEMPERATURE, MARGIN = 0.1, 0.3
-SETTINGS = {
-    "data__hard_negatives": True,
-    "prompts__direct_assistant": "The embedding is ",
-    "sft__pseudo_queries": 0.0,
-}
+SETTINGS = {"data__hard_negatives": True, "prompts__direct_assistant": "The embedding is "}
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +270,6 @@ def test_what_a_batch_holds(parts):
     data, chat = parts.dataset, parts.chat
     relevant = data.positives("train")
     row_of = {text: row for row, text in enumerate(data.query_texts)}
-    lines = (parts.workdir / "thoughts.jsonl").read_text().splitlines()
-    thoughts = {line["query_id"]: line["text"] for line in map(json.loads, lines)}
     texts = {chat.tokenizer.decode(ids): i for i, ids in enumerate(map(chat.tokenizer.encode, data.doc_texts))}
     assert len(texts) == 200
     seen = set()
@@ -289,7 +283,7 @@ def test_what_a_batch_holds(parts):
             seen.add(name)
             again, thought = decoded(parts, batch["reasoned"][i, : batch["reasoned_length"][i]])
             assert again == query
-            own = chat.tokenizer.decode(chat.tokenizer.encode(thoughts[name])[: parts.lengths.thought])
+            own = chat.tokenizer.decode(chat.tokenizer.encode(data.thoughts[name])[: parts.lengths.thought])
             assert thought == own if batch["gold"][i] else True
             prompt = chat.reasoning_prompt(query, parts.lengths.query)
             assert batch["reasoned_start"][i] == len(prompt)

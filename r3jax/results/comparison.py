@@ -73,8 +73,9 @@ def p_values(found: Mapping[str, Measured]) -> dict[str, float]:
     for left, right in QUESTIONS:
         a, b = (best if side == "best trained" else side for side in (left, right))
         if a in found and b in found and a != b:
-            ours, theirs = (np.array(list(found[x].per_query[METRIC].values())) for x in (a, b))
-            answers[f"{left} > {right}"] = paired_randomisation(ours, theirs)
+            ours, theirs = found[a].per_query[METRIC], found[b].per_query[METRIC]
+            pairs = np.array([(ours[query], theirs[query]) for query in ours])
+            answers[f"{left} > {right}"] = paired_randomisation(*pairs.T)
     return answers
 
 
