@@ -39,17 +39,17 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "eval_splits": ("seen", "unseen"),
                 "max_query_tokens": 24 if tiny else 64,
                 "max_doc_tokens": 24 if tiny else 256,
-                "max_thought_tokens": 15 if tiny else 255,
+                "max_thought_tokens": 20 if tiny else 255,
                 # Words of the query and terms of its document in the thoughts that are written where the data
                 # set brings no thoughts.jsonl; 0 and 0 write none (an Instruct checkpoint needs none).
-                "thought_query_terms": 3 if tiny else 0,
+                "thought_query_terms": 10 if tiny else 0,
                 "thought_document_terms": 3 if tiny else 0,
                 "hard_negatives": False,  # one BM25 neighbour of the positive document per query
                 "workers": 0,
                 "cache": ".cache/data",
             },
             # A folder with tokenizer.json; "" takes that of init_from, or trains a BPE on the training texts.
-            "tokenizer": {"path": "", "vocab_size": 4096 if tiny else 151666},
+            "tokenizer": {"path": "", "vocab_size": 4096 if tiny else 151666, "lowercase": tiny},
             "prompts": {
                 "direct_system": prompts.direct_system,
                 "direct_assistant": prompts.direct_assistant,

@@ -16,7 +16,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "prompts": 128 if tiny else 64,
             "group_size": 4 if tiny else 8,
             "chunks": 1 if tiny else 16,
-            "max_new_tokens": 16 if tiny else 256,
+            "max_new_tokens": 21 if tiny else 256,
             # Sampling must be plain: truncation (top_p, top_k) biases the ratio and is refused.
             "temperature": 0.7 if tiny else 1.0,
             "top_p": 1.0,
@@ -45,7 +45,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "length": 0.1,
                 # A thought of fewer tokens loses its length term: silence must not pay.
                 "min_tokens": 4,
-                "max_tokens": 15 if tiny else 200,
+                "max_tokens": 20 if tiny else 200,
             },
         }
     )

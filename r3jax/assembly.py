@@ -330,7 +330,8 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset,
         texts = [dataset.query_texts[r] for r in rows] + dataset.doc_texts
         # The prompts are read with every text: count them often, so that their words become one token each.
         words = [config.prompts.direct_system, config.prompts.reasoning_system]
-        tokenizer = tokenizers.train_bpe(texts + words * (len(texts) // 10), config.tokenizer.vocab_size)
+        t = config.tokenizer
+        tokenizer = tokenizers.train_bpe(texts + words * (len(texts) // 10), t.vocab_size, t.lowercase)
     tokenizer.save(kept)
     return tokenizer
 

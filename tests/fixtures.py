@@ -84,6 +84,7 @@ MICRO = {
     "rl.chunks": 1,
     "rl.warmup": 0,
     "rl.learning_rate": 3e-3,
+    "rl.kl_weight": 0.01,
     "rl.max_new_tokens": 6,
     "rl.temperature": 1.5,  # some completions end by themselves, some are cut
     "rl.probe_every": 2,

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from configs import rl
 from r3jax.data import beir, thoughts
 from r3jax.errors import UserError
 
@@ -59,7 +60,7 @@ def test_concepts_come_first_and_are_not_repeated():
     assert thinker("text of q0", "xclip q0") == "about text q0 xclip"  # of is in no training query, xclip in no query
     assert thinker("Text TEXT q0", "-o") == "about text q0 -o"
     only = thoughts.Thinker(data, query_terms=2, document_terms=2, is_word=lambda term: term == "q0")
-    assert only("text q0", "xclip clipboard") == "about q0"
+    assert only("text q0", "xclip clipboard") == "about text q0"  # words of the query can be copied, known or not
     assert only("nothing known", "xclip") == ""
 
 
@@ -126,9 +127,13 @@ def test_bundled_splits_keep_their_promises(bundled):
 
 
 def test_bundled_thoughts(bundled):
-    built = build(bundled, query_terms=3, document_terms=3)
+    default = rl.get_config().data
+    wanted = {"query_terms": default.thought_query_terms, "document_terms": default.thought_document_terms}
+    built = build(bundled, **wanted)
     positives = bundled.positives("train")
     assert set(built) <= set(positives) and len(built) > 0.99 * len(positives)
-    assert all(2 <= len(text.split()) <= 7 for text in built.values())
-    assert sum(len(text.split()) for text in built.values()) / len(built) > 4
-    assert not any({"path", "to"} & set(text.split()[4:]) for text in built.values())
+    assert all(2 <= len(text.split()) <= 1 + sum(wanted.values()) for text in built.values())
+    assert sum(len(text.split()) for text in built.values()) / len(built) > 6
+    for common, kinds in (({"the", "to", "file"}, (10, 0)), ({"path", "to", "file"}, (0, 3))):
+        some = build(bundled, *kinds)
+        assert some and not any(common & set(text.split()) for text in some.values())

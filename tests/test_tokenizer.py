@@ -55,6 +55,15 @@ def test_any_text_survives(small, typed):
     assert small.decode(small.encode(typed)) == unicodedata.normalize("NFC", typed)
 
 
+def test_lower_case_is_a_choice_and_is_kept(tmp_path):
+    lower = text.train_bpe(TEXTS * 5, 600, lowercase=True)
+    lower.save(tmp_path)
+    for tokenizer in (lower, text.load(tmp_path)):
+        assert tokenizer.decode(tokenizer.encode("Ångström NAÏVE")) == "ångström naïve"
+        assert tokenizer.encode("GIT") == tokenizer.encode("git")
+        assert tokenizer.decode([tokenizer.embed_id], keep_special=True) == "<|embed_token|>"
+
+
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|embed_token|>"])
 def test_control_tokens_in_a_text_stay_text(small, token):
     typed = f"before {token}{token}\nafter"

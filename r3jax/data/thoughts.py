@@ -5,8 +5,9 @@ query (its rarest words, in its order), then key terms of its relevant document 
 most telling ones, in its order): "about clipboard history xclip". The rule knows nothing of any corpus. A document's
 terms are its words, flags (-x, --long) and the pieces of its paths and identifiers. Terms that are common in the
 corpus (stop words, placeholders) tell nothing; rare ones (names that a handful of documents hold) cannot be learnt
-from a handful of examples; the rarest of those between are the most telling. Words that the tokenizer would have
-to spell are left out too: a small model learns to choose words long before it learns to spell.
+from a handful of examples; the rarest of those between are the most telling. Terms that the tokenizer would have to
+spell are left out too: a small model learns to choose words long before it learns to spell (what it can copy from the
+query it may spell).
 """
 
 import collections
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 from r3jax.data.beir import Dataset
 
-COMMON_QUERY = 0.03  # share of queries above which a word is no concept
+COMMON_QUERY = 0.1  # share of queries above which a word is no concept: "the", "file"
 COMMON = 0.06  # share of documents above which a term tells nothing
 RARE = 0.0006  # share of documents below which a term cannot be learnt
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
@@ -32,7 +33,7 @@ class Thinker:
       dataset: documents, and queries of `split`, over which frequencies are taken.
       query_terms, document_terms: at most so many of each, at least 0 and not both 0.
       split: the judgements whose queries count; held-out queries must not be looked at.
-      is_word: whether the tokenizer has a term as one token.
+      is_word: whether the tokenizer has a document term as one token.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Thinker:
         self._asked = _count(word.casefold() for text in asked for word in set(_WORD.findall(text)))
         self._written = _count(term for text in dataset.doc_texts for term in _terms(text))
         most = max(1, COMMON_QUERY * len(asked))
-        self._concepts = {w for w, n in self._asked.items() if n <= most and is_word(w)}
+        self._concepts = {w for w, n in self._asked.items() if n <= most}
         size = len(dataset.doc_texts)
         least, most = RARE * size, max(1, COMMON * size)
         self._learnable = {t for t, n in self._written.items() if least <= n <= most and is_word(t)}

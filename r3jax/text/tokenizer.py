@@ -85,7 +85,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> Tokenizer:
     """Trains a byte-level BPE in Qwen-2.5's form: NFC, its split rule, special tokens last.
 
     The same texts in the same order give the same file. Each role of the chat template becomes one token,
@@ -94,6 +94,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Args:
       texts: training texts.
       vocab_size: number of ids wanted, special tokens included; fewer if the texts run out of pairs.
+      lowercase: whether texts are read in lower case, which a small vocabulary spends better.
 
     Raises:
       UserError: vocab_size is too small for the bytes, the roles and the special tokens, or no text is given.
@@ -107,7 +108,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if base_size < _BYTES:
         raise too_small
     inner = _HFTokenizer(models.BPE())
-    inner.normalizer = normalizers.NFC()
+    inner.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
