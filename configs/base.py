@@ -30,6 +30,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "seed": 0,
             # A run of ours (its folder) or a local Hugging Face folder; "" starts from random weights.
             "init_from": "",
+            "from_scratch": tiny,  # whether random weights are meant when init_from is empty
             "xla_cache": ".cache/xla",  # compiled programs, kept between runs
             "data": {
                 "path": "data/tldr-commands",
@@ -39,6 +40,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "eval_splits": ("seen", "unseen"),
                 "max_query_tokens": 24 if tiny else 64,
                 "max_doc_tokens": 24 if tiny else 256,
+                # Also what the sampler may write, in training as in evaluation; the embed token comes on top.
                 "max_thought_tokens": 20 if tiny else 255,
                 # Words of the query and terms of its document in the thoughts that are written where the data
                 # set brings no thoughts.jsonl; 0 and 0 write none (an Instruct checkpoint needs none).

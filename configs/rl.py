@@ -16,7 +16,6 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "prompts": 128 if tiny else 64,
             "group_size": 4 if tiny else 8,
             "chunks": 1 if tiny else 16,
-            "max_new_tokens": 21 if tiny else 256,
             # Sampling must be plain: truncation (top_p, top_k) biases the ratio and is refused.
             "temperature": 0.7 if tiny else 1.0,
             "top_p": 1.0,

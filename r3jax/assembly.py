@@ -104,6 +104,11 @@ class Parts:
         return store.training_source(self.dataset, d.train_split, pathlib.Path(d.cache), found)
 
     @functools.cached_property
+    def most_positives(self) -> int:
+        """Of any training query."""
+        return max(map(len, self.dataset.positives(self.config.data.train_split).values()))
+
+    @functools.cached_property
     def documents(self) -> list[list[int]]:
         """Token rows of the corpus."""
         return self.chat.documents(self.dataset.doc_texts, self.config.data.max_doc_tokens)
@@ -136,9 +141,10 @@ class Parts:
         if not source:
             return model_params.init(self.model, self.mesh, self.config.seed, self.chat.tokenizer.embed_id)
         folder = pathlib.Path(source)
-        if (folder / "checkpoints").is_dir():
+        if is_run(source):
             return load_params(folder, self.model, self.mesh, trained_stage(folder))
-        return model_params.load_hugging_face(folder, self.model, self.mesh, self.chat.tokenizer.embed_id)
+        new = None if tokenizers.has_embed_token(folder) else self.chat.tokenizer.embed_id
+        return model_params.load_hugging_face(folder, self.model, self.mesh, new)
 
 
 def parts(
@@ -198,6 +204,19 @@ def load_params(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, 
     return state["train"]["params"]
 
 
+def is_run(init_from: str) -> bool:
+    """Whether init_from is a run of ours, not a Hugging Face folder or nothing."""
+    return bool(init_from) and (pathlib.Path(init_from) / "checkpoints").is_dir()
+
+
+def start_name(config: ConfigDict, plan: list[str]) -> str:
+    """What to call the weights a run begins with, beside the stages of its plan."""
+    if not is_run(config.init_from):
+        return "untrained"
+    stage = trained_stage(pathlib.Path(config.init_from))
+    return "start" if stage in plan else stage
+
+
 def make_stage(name: str, p: Parts, start) -> Stage:
     """A stage of the config. `start` are the weights it begins with; None for one that will be resumed."""
     return (_sft if name == "sft" else _rl)(p, start)
@@ -239,9 +258,11 @@ def _sft(p: Parts, start) -> Stage:
             p.chat,
             p.lengths,
             corrupt_thoughts=c.sft.corrupt_thoughts,
+            query_dropout=c.sft.query_dropout,
             pseudo_queries=c.sft.pseudo_queries,
             think=p.thinker,
             negatives=negatives,
+            most_positives=p.most_positives,
         ),
         chat=p.chat,
         model=p.model,
@@ -299,6 +320,7 @@ def _rl(p: Parts, start) -> Stage:
         chunks=r.chunks,
         encode_batch=c.evaluate.batch_size,
         probe_every=r.probe_every,
+        most_positives=p.most_positives,
         seed=c.seed + 1,  # another order and other noise than stage 1
         policy=rl.PolicyConfig(
             advantage=r.advantage,
@@ -312,7 +334,7 @@ def _rl(p: Parts, start) -> Stage:
             contrastive_temperature=r.contrastive_temperature,
             hard_negatives=r.hard_negatives,
             temperature=r.temperature,
-            max_new=r.max_new_tokens,
+            max_new=c.data.max_thought_tokens + 1,
         ),
     )
 

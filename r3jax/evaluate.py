@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
     if flags["stage"] not in (None, "sft", "rl"):
         raise UserError(f"--stage must be sft or rl, not {flags['stage']!r}.")
     quiet_libraries()
+    if not {"data", "model", "mesh", "evaluate"} <= set(config):
+        raise UserError(f"--workdir: {workdir} is not the folder of a run; name one that train.py made.")
     # The rest of the config concerns training: its data set and init_from need not be there any more.
     run_config.validate(ConfigDict({name: config[name] for name in ("model", "mesh", "evaluate")}))
     stage = flags["stage"] or assembly.trained_stage(workdir)

@@ -63,6 +63,11 @@ def main(argv: list[str]) -> None:
                 restored, meta = checkpointers[name].restore(None, target)
                 state = restored["train"]
                 stage.resume(restored["host"], meta["data"])
+                if meta["dataset"] != parts.dataset.fingerprint:
+                    raise UserError(
+                        f"config.data.path: {config.data.path} has changed since this run began; "
+                        "put the old files back or name another --workdir."
+                    )
                 clock["before"] = meta["seconds"]
                 log = RunLog(workdir, resume_offset=meta["log"])
                 log.say(f"stage {name}: going on from step {int(state.step)} of {stage.steps}")
@@ -83,14 +88,10 @@ def main(argv: list[str]) -> None:
         # Evaluation
         log.say("evaluating every stage's best weights (by validation) on the held-out splits")
         begin = time.time()
+        start = assembly.start_name(config, plan)
         models = (
-            (
-                name,
-                assembly.load_params(workdir, parts.model, mesh, name)
-                if name != "untrained"
-                else parts.initial_params(),
-            )
-            for name in ("untrained", *plan)
+            (name, assembly.load_params(workdir, parts.model, mesh, name) if name in plan else parts.initial_params())
+            for name in (start, *plan)
         )
         outcome = compare(parts.dataset, config.data.eval_splits, models, parts.reader, parts.encode_corpus, workdir)
     results = {"name": config.name, "seed": config.seed, "device": jax.devices()[0].device_kind} | outcome
@@ -108,9 +109,9 @@ def main(argv: list[str]) -> None:
 
 
 def stages_of(config) -> list[str]:
-    """The stages to run: those with steps; with a checkpoint given, a config of both starts at the second."""
+    """The stages to run: those with steps; a config of both starts at the second when init_from is a run."""
     plan = [name for name in ("sft", "rl") if name in config and config[name].steps]
-    if config.init_from and "rl" in plan:
+    if "rl" in plan and assembly.is_run(config.init_from):
         plan = ["rl"]
     if not plan:
         fields = " and ".join(f"config.{name}.steps" for name in ("sft", "rl") if name in config)
@@ -142,9 +143,9 @@ def run_stage(
     config = parts.config
     first = int(state.step) + 1
     waiting = None
+    mark, marked = time.perf_counter(), first - 1  # when the last logged step ended, and which it was
     with log.progress(stage.name, stage.steps, start=first - 1) as progress:
         for step in range(first, stage.steps + 1):
-            begin = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 batch, numbers = stage.next_batch(state, step)
                 made = time.perf_counter()
@@ -155,8 +156,10 @@ def run_stage(
             saving = measuring or step % config.checkpoint.every == 0
             if saving or step % config.log.every == 0 or stage.name == "rl":
                 jax.block_until_ready(metrics)
-            numbers["time/update"] = time.perf_counter() - made
-            numbers["time/step"] = time.perf_counter() - begin
+                now = time.perf_counter()
+                numbers["time/update"] = now - made
+                numbers["time/step"] = (now - mark) / (step - marked)
+                mark, marked = now, step
             waiting = (step, numbers, metrics)
             if saving:
                 report(log, progress, stage, config, *waiting)
@@ -167,18 +170,25 @@ def run_stage(
                     progress.update(step, {"validation " + BEST_KEY: scores[BEST_KEY]})
                 meta = {
                     "data": stage.stream_state(),
+                    "dataset": parts.dataset.fingerprint,
                     "log": log.offset,
                     "seconds": clock["before"] + time.time() - clock["start"],
                 }
                 host = stage.host_state()
                 checkpointer.save(step, {"train": state, "host": host}, meta=meta, metrics=scores)
+                mark = time.perf_counter()
     checkpointer.wait()
 
 
 def report(log: RunLog, progress, stage: Stage, config, step: int, numbers: dict, metrics: dict) -> None:
     """Writes one step's figures, and now and then its samples."""
     figures = numbers | jax.device_get(metrics)
-    if "tokens" in figures:
+    if not np.isfinite(figures["loss"]):
+        raise UserError(
+            f"the loss of step {step} is {figures['loss']}, the run has diverged; "
+            f"lower config.{stage.name}.learning_rate and name another --workdir."
+        )
+    if "tokens" in figures and "time/step" in figures:
         figures["tokens_per_second"] = figures.pop("tokens") / figures["time/step"]
     keys = (
         ("loss", "loss/infonce", "loss/ce")

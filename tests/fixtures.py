@@ -77,6 +77,7 @@ MICRO = {
     "sft.warmup": 0,
     "sft.kl_weight": 0.1,
     "sft.corrupt_thoughts": 0.3,
+    "sft.query_dropout": 0.0,
     "sft.pseudo_queries": 0.0,
     "rl.steps": 4,
     "rl.prompts": 8,
@@ -85,7 +86,6 @@ MICRO = {
     "rl.warmup": 0,
     "rl.learning_rate": 3e-3,
     "rl.kl_weight": 0.01,
-    "rl.max_new_tokens": 6,
     "rl.temperature": 1.5,  # some completions end by themselves, some are cut
     "rl.probe_every": 2,
     "rl.reward.min_tokens": 2,

@@ -156,8 +156,8 @@ def test_none_left_is_an_error_that_says_why(two):
         (lambda t: t["params"].update(extra=t["step"]), r"does not fit this config: it has no params\.extra"),
         (lambda t: t["index"].pop("versions"), r"it has index\.versions, which is not used here"),
         (
-            lambda t: t["index"].update(vectors=np.zeros((5, 8), np.float32)),
-            r"index\.vectors is float32\[5, 4\] there and float32\[5, 8\] here",
+            lambda t: t["index"].update(vectors=np.zeros((5, 4), np.float64)),
+            r"index\.vectors is float32\[5, 4\] there and float64\[5, 4\] here",
         ),
         (
             lambda t: t["params"]["block"].update(scale=jax.ShapeDtypeStruct((8,), jnp.float32)),

@@ -122,12 +122,16 @@ def test_a_thought_is_greedy(parts, params, reasoned):
             assert likeliest[len(row) - 2] == parts.chat.tokenizer.embed_id
 
 
-def test_empty_and_shuffled_thoughts(parts, params, vectors, found, reasoned):
+def test_controls_read_other_thoughts(parts, params, vectors, found, reasoned):
     nothing = [[]] * 20
     others = reasoned.thoughts[1:] + reasoned.thoughts[:1]
     same_run(found["empty"].run, run_of(parts, params, rows_of(parts, nothing), vectors))
     same_run(found["shuffled"].run, run_of(parts, params, rows_of(parts, others), vectors))
-    for name in ("direct", "empty", "shuffled"):
+    _, texts = queries_of(parts.dataset, SPLIT)
+    limit = parts.config.data.max_thought_tokens
+    copies = [parts.chat.tokenizer.encode(text)[:limit] for text in texts]
+    same_run(found["copied"].run, run_of(parts, params, rows_of(parts, copies), vectors))
+    for name in ("direct", "empty", "shuffled", "copied"):
         assert found[name].thoughts is None and found[name].summary["thought_tokens"] is None
 
 
@@ -176,7 +180,7 @@ def test_queries_without_a_relevant_document_are_not_asked(parts):
 def test_an_unknown_condition_is_named(parts, params, vectors):
     with (
         jax.set_mesh(parts.mesh),
-        pytest.raises(ValueError, match="direct, reasoning, empty, shuffled, not 'gold'"),
+        pytest.raises(ValueError, match="direct, reasoning, empty, shuffled, copied, not 'gold'"),
     ):
         index = VersionedIndex.build(vectors, 0, "exact")
         evaluate(parts.reader, params, parts.dataset, SPLIT, index, ("gold",))

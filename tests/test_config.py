@@ -178,7 +178,7 @@ def good(tmp_path):
     config.tokenizer.vocab_size = 512
     config.model.update({"heads": 4, "kv_heads": 2, "vocab": 512})
     config.sft.update({"kl_weight": 0.0, "triplet_weight": 0.0})
-    config.rl.max_new_tokens = 24
+    config.data.max_thought_tokens = 16
     config.rl.reward.update({"k": 10, "min_tokens": 4, "max_tokens": 16})
     return config
 
@@ -197,7 +197,8 @@ def test_fields_that_a_config_lacks_are_not_checked(good):
 
 IMPOSSIBLE = [
     ("name", "a/b", "config.name must be a name without a slash"),
-    ("seed", -1, "config.seed must be at least 0"),
+    ("seed", -1, "config.seed must be between 0 and 2147483647"),
+    ("seed", 2**63, "config.seed must be between 0 and 2147483647"),
     ("init_from", "nowhere", "config.init_from names 'nowhere', which does not exist"),
     ("data.path", "nowhere", "config.data.path names 'nowhere', which is not a folder"),
     ("data.on_error", "ignore", "must be one of strict, skip, not 'ignore'"),
@@ -223,7 +224,11 @@ IMPOSSIBLE = [
     ("index.policy", "oldest", "config.index.policy must be one of none, round_robin,"),
     ("index.kind", "hnsw", "config.index.kind must be one of exact, scann, not 'hnsw'"),
     ("rl.reward.min_tokens", 20, "(20) must not exceed rl.reward.max_tokens (16)"),
-    ("rl.max_new_tokens", 8, "(16) must not exceed rl.max_new_tokens (8)"),
+    ("data.max_thought_tokens", 8, "(16) must not exceed data.max_thought_tokens (8)"),
+    ("rl.reward.max_tokens", 0, "config.rl.reward.max_tokens must be at least 1"),
+    ("from_scratch", False, "config.init_from is empty; give the folder of a Qwen-2.5 checkpoint"),
+    ("data.validation_split", "seen", "must be a split of its own"),
+    ("data.validation_split", "train", "must be a split of its own"),
     ("index.budget", 1.5, "config.index.budget must be between 0 and 1, not 1.5"),
     ("index.over_retrieve", 5, "(5 candidates) must be at least rl.reward.k (10)"),
     ("checkpoint.keep", 0, "config.checkpoint.keep must be at least 1"),

@@ -97,6 +97,27 @@ def test_rewards_equal_a_plain_loop_over_the_corpus(over_retrieve):
     np.testing.assert_allclose(rewards, want, atol=1e-6)
 
 
+def test_log_rank_takes_the_rank_in_the_whole_corpus():
+    world = World()
+    env = environment(world, policy="full", over_retrieve=10, name="log_rank")
+    rollouts = world.rollouts(noise=1.0)
+    rewards, _ = env.score(rollouts, world.encode, 1)
+    scores = rollouts.vectors @ world.vectors.T
+    pairs = zip(scores, rollouts.relevant, strict=True)
+    ranks = [1 + (row > max(row[d] for d in known if d >= 0)).sum() for row, known in pairs]
+    assert max(ranks) > 50 and min(ranks) <= 10
+    want = rollouts.emitted * (1 - np.log(ranks) / np.log(DOCUMENTS))
+    terms = reward_terms(rollouts)
+    np.testing.assert_allclose(rewards - terms, want, atol=1e-6)
+    np.testing.assert_allclose(env.exact_rewards(rollouts, world.vectors), rewards, atol=1e-6)
+
+
+def reward_terms(rollouts: Rollouts) -> np.ndarray:
+    """The format and length terms, weighted."""
+    length = np.minimum(1.0, np.minimum(rollouts.lengths / 2, 2 - rollouts.lengths / 8))
+    return 0.1 * rollouts.emitted + 0.1 * length
+
+
 def test_positives_that_the_search_misses_join_the_ranking():
     """One candidate is retrieved, and it is not the positive that has moved onto the query since."""
     world = World()

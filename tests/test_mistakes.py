@@ -131,7 +131,7 @@ TRAIN = [
     (["--config.index.budget=2"], "config.index.budget must be between 0 and 1, not 2.0"),
     (
         ["--config.rl.reward.max_tokens=9"],
-        "config.rl.reward.max_tokens (9) must not exceed rl.max_new_tokens (6)",
+        "config.rl.reward.max_tokens (9) must not exceed data.max_thought_tokens (5)",
     ),
 ]
 

@@ -126,7 +126,7 @@ def test_values_and_gradients_of_all_terms_equal_torch(parts, batch, monkeypatch
         contrastive_temperature=p.contrastive_temperature,
         hard_negatives=p.hard_negatives,
         temperature=0.7,
-        max_new=p.max_new_tokens,
+        max_new=parts.config.data.max_thought_tokens + 1,
     )
     rng = np.random.default_rng(0)
     shapes = {"table": (parts.model.vocab, parts.model.width), "position": (64, parts.model.width)}
@@ -177,7 +177,7 @@ def test_values_and_gradients_of_all_terms_equal_torch(parts, batch, monkeypatch
 def test_the_sampled_rows_are_prompt_completion_and_terminal(parts, batch, plain):
     embed = parts.chat.tokenizer.embed_id
     new = batch["lengths"] - batch["starts"]
-    assert (new >= 1).all() and new.max() <= parts.config.rl.max_new_tokens
+    assert (new >= 1).all() and new.max() <= parts.config.data.max_thought_tokens + 1
     prompts = parts.chat.reasoning_prompts(parts.dataset.query_texts, parts.lengths.query)
     relevant = parts.dataset.positives("train")
     for b, rows in enumerate(batch["tokens"]):

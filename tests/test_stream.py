@@ -8,7 +8,6 @@ import pickle
 import signal
 import time
 
-import absl.flags
 import numpy as np
 import pytest
 
@@ -166,7 +165,6 @@ def test_resume_is_exact(done):
 
 
 def test_workers_give_the_same_batches_and_resume():
-    absl.flags.FLAGS.mark_as_parsed()  # grain's workers read them
     plain = [next(it) for it in [take(range(10))] for _ in range(5)]
     worked = take(range(10), workers=2)
     for batch in plain[:2]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 
 from r3jax import assembly, train
+from r3jax.errors import UserError
 from r3jax.model.sharding import make_mesh
+from r3jax.results import curves
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
 from tests import fixtures
 
-TRAINED = [f"{stage}_{how}" for stage in ("sft", "rl") for how in ("direct", "reasoning", "empty", "shuffled")]
+CONDITIONS = ("direct", "reasoning", "empty", "shuffled", "copied")
+TRAINED = [f"{stage}_{how}" for stage in ("sft", "rl") for how in CONDITIONS]
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
 
 
@@ -88,13 +92,31 @@ def test_what_a_run_leaves_on_disk(finished):
         parts = sum(r[f"time/{name}"] for name in ("rollout", "search", "encode", "reward", "update"))
         assert parts <= r["time/step"]
     assert {r["step"] for r in lines(folder / "samples.jsonl")} == {2, 4}
-    assert len(list((folder / "trec").glob("*.run"))) == 2 * 10
+    assert len(list((folder / "trec").glob("*.run"))) == 2 * 12
     assert len(json.loads((folder / "examples.json").read_text())) == 40
     assert "<html" in (folder / "report.html").read_text() and list((folder / "tensorboard").rglob("*tfevents*"))
     assert (folder / "tokenizer" / "tokenizer.json").exists() and (folder / "thoughts.jsonl").exists()
     assert json.loads((folder / "config.json").read_text())["rl"]["steps"] == 4
     assert "stage sft: 40 steps" in said and "stage 1 runs before stage 2" in said
     assert "rl_reasoning" in said and f"report: {folder / 'report.html'}" in said
+
+
+def test_the_page_draws_what_a_run_logs(finished):
+    folder, _, _ = finished
+    logged = {key for line in (folder / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    plots = [curves._EVAL, curves._TIME, *curves._TERMS, *curves._REWARD, *curves._INDEX]
+    assert {key for plot in plots for key in plot.keys} - logged == set()
+
+
+def test_a_changed_data_set_is_refused(finished, tmp_path):
+    folder = shutil.copytree(finished[0].parent, tmp_path / "copy")
+    corpus = folder / "data" / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("show", "exhibit", 1))
+    flags = [flag.replace(str(finished[0].parent), str(folder)) for flag in fixtures.flags(finished[0].parent)]
+    config = folder / "run" / "config.json"
+    config.write_text(config.read_text().replace(str(finished[0].parent), str(folder)))
+    with pytest.raises(UserError, match="config.data.path: .* has changed since this run began"):
+        train.main([*flags, f"--workdir={folder / 'run'}"])
 
 
 def test_a_finished_run_given_again_trains_nothing(finished, capsys):
@@ -114,7 +136,7 @@ def test_with_init_from_stage_1_is_skipped(finished, tmp_path):
     train.main(argv)
     conditions = json.loads((tmp_path / "run" / "results.json").read_text())["splits"]["seen"]
     assert [name for name in conditions if name.startswith("sft")] == []
-    start, end = conditions["untrained"], results["splits"]["seen"]["rl_direct"]
+    start, end = conditions["start_direct"], results["splits"]["seen"]["rl_direct"]
     assert {m: start[m] for m in METRICS} == pytest.approx({m: end[m] for m in METRICS})  # its weights
     kept = [(f / "tokenizer" / "tokenizer.json").read_bytes() for f in (folder, tmp_path / "run")]
     assert kept[0] == kept[1]

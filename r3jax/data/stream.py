@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Any, np.random.Generator], Batch]
@@ -63,6 +64,8 @@ def stream(
     batches = records[process_index::process_count].batch(batch_size // process_count)
     dataset = batches.to_iter_dataset(_READ)
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain's processes read absl's flags, of which we have none
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)
 

@@ -210,10 +210,10 @@ def to_hugging_face(params, config: ModelConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
-def load_hugging_face(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh, embed_token: int):
+def load_hugging_face(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh, new_token: int | None):
     """Parameters from the safetensors files of a local Qwen-2.5 folder, placed on the mesh.
 
-    The row of `embed_token` becomes the mean of the rows if the checkpoint's is all zero. Raises UserError
+    `new_token` is an id that the checkpoint has not learnt: its row becomes the mean of all rows. Raises UserError
     for a folder without safetensors, a damaged file or a tensor that does not fit.
     """
     files = sorted(folder.glob("*.safetensors"))
@@ -234,6 +234,6 @@ def load_hugging_face(folder: pathlib.Path, config: ModelConfig, mesh: jax.shard
         tensors |= part
     tree = from_hugging_face(tensors, config)
     for name in ("embed", "unembed"):
-        if name in tree and not tree[name]["table"][embed_token].any():
-            tree[name]["table"][embed_token] = tree[name]["table"].mean(0, dtype=np.float32)
+        if name in tree and new_token is not None:
+            tree[name]["table"][new_token] = tree[name]["table"].mean(0, dtype=np.float32)
     return jax.device_put(tree, shardings(config, mesh))

@@ -21,6 +21,7 @@ QUESTIONS = (
     ("rl_reasoning", "sft_reasoning"),
     ("rl_reasoning", "rl_empty"),
     ("rl_reasoning", "rl_shuffled"),
+    ("rl_reasoning", "rl_copied"),
     ("rl_reasoning", "rl_direct"),
     ("rl_reasoning", "sft_direct"),
     ("sft_reasoning", "sft_direct"),
@@ -62,13 +63,19 @@ def compare(
     return {
         "splits": {s: {label: m.summary for label, m in c.items()} for s, c in found.items()},
         "p_values": {s: p_values(c) for s, c in found.items()},
+        "best_trained": {s: best_trained(c) for s, c in found.items()},
     }
+
+
+def best_trained(found: Mapping[str, Measured]) -> str:
+    """The trained condition, no control, with the highest nDCG@10 on this split; "" if there is none."""
+    trained = [x for x in found if x.startswith(("sft_", "rl_")) and x.endswith(("_direct", "_reasoning"))]
+    return max(trained, key=lambda label: found[label].summary[METRIC], default="")
 
 
 def p_values(found: Mapping[str, Measured]) -> dict[str, float]:
     """One-sided paired randomisation tests of the QUESTIONS that these conditions can answer."""
-    trained = [label for label in found if label.startswith(("sft_", "rl_"))]
-    best = max(trained, key=lambda label: found[label].summary[METRIC], default="")
+    best = best_trained(found)
     answers = {}
     for left, right in QUESTIONS:
         a, b = (best if side == "best trained" else side for side in (left, right))

@@ -1,7 +1,8 @@
 """A model under conditions: how well it retrieves without reasoning, with its own, with none, with another's.
 
 Conditions of one model: `direct` (fixed answer), `reasoning` (its own greedy thought), and the controls
-`empty` (the reasoning prompt, no thought) and `shuffled` (the thought it wrote for the next query).
+`empty` (the reasoning prompt, no thought), `shuffled` (the thought it wrote for the next query) and `copied` (the
+query itself as the thought).
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from r3jax.search.index import VersionedIndex
 from r3jax.text.prompts import ChatFormat
 
 DEPTH = 100  # documents returned per query
-MODEL_CONDITIONS = ("direct", "reasoning", "empty", "shuffled")
+MODEL_CONDITIONS = ("direct", "reasoning", "empty", "shuffled", "copied")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,9 @@ def evaluate(
         elif name == "shuffled":
             others = reasoned.thoughts[1:] + reasoned.thoughts[:1]
             vectors = reader.with_thoughts(params, texts, others)
+        elif name == "copied":
+            copies = [row[: reader.max_new - 1] for row in reader.chat.tokenizer.encode_batch(texts)]
+            vectors = reader.with_thoughts(params, texts, copies)
         else:
             raise ValueError(f"conditions must be among {', '.join(MODEL_CONDITIONS)}, not {name!r}")
         rows, scores = index.search(vectors, min(DEPTH, len(index)))

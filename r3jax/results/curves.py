@@ -34,7 +34,6 @@ _TERMS = [
     _Plot("Triplet margin", {"loss/triplet": "triplet"}, zero=True),
     _Plot("KL to the frozen start", {"loss/kl": "KL"}, "nats per token", zero=True),
     _Plot("Gradient norm", {"grad_norm": "norm"}, zero=True),
-    _Plot("Learning rate", {"learning_rate": "rate"}, zero=True),
     _Plot("Throughput", {"tokens_per_second": "rate"}, "tokens per second", zero=True),
 ]
 _REWARD = [
@@ -77,7 +76,7 @@ _REWARD = [
     ),
     _Plot(
         "Sampler against trainer",
-        {"policy/logprob_gap": "gap"},
+        {"policy/logp_gap": "gap"},
         "nats",
         "Difference of their log-probabilities of the same tokens.",
         zero=True,
@@ -96,13 +95,13 @@ _INDEX = [
     _Plot(
         "Probe recall",
         {"index/probe_recall": "recall"},
-        note="Of the stale index against exact search on fresh vectors.",
+        note="Of the index's search against exact search over the same vectors: below a threshold it is rebuilt.",
         top=1.0,
     ),
     _Plot(
         "Probe drift",
         {"index/probe_drift": "cosine"},
-        note="Stored vectors of the probe set against fresh ones.",
+        note="Stored vectors of the probe set against fresh ones, which are not written back.",
     ),
 ]
 _TIME = _Plot(
@@ -128,13 +127,19 @@ _STAGES = {"sft": "supervised", "rl": "reinforcement", "evaluate": "evaluation"}
 
 
 def clean(lines: Iterable[Line]) -> list[Line]:
-    """Lines with a stage and a step, in order of the steps; lines of one step merge, the last one wins."""
-    kept: dict[float, dict[str, Any]] = {}
+    """Lines with a stage and a step, in order; lines of one step merge, the last one wins.
+
+    Each stage counts from 1: the second's steps are moved behind the first's.
+    """
+    kept: dict[tuple[str, float], dict[str, Any]] = {}
     for line in lines:
-        step = number(line.get("step"))
-        if step is not None and line.get("stage") in ("sft", "rl"):
-            kept[step] = {**kept.get(step, {}), **line, "step": step}
-    return [kept[step] for step in sorted(kept)]
+        step, stage = number(line.get("step")), line.get("stage")
+        if step is not None and stage in ("sft", "rl"):
+            kept[stage, step] = {**kept.get((stage, step), {}), **line, "step": step}
+    last = max((step for stage, step in kept if stage == "sft"), default=0)
+    for (stage, _), line in kept.items():
+        line["step"] += last if stage == "rl" else 0
+    return sorted(kept.values(), key=lambda line: line["step"])
 
 
 def learning(lines: Sequence[Line]) -> str:

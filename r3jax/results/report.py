@@ -26,6 +26,7 @@ LABELS = {
     "rl_reasoning": "RL, with reasoning",
     "rl_empty": "RL, empty thought",
     "rl_shuffled": "RL, another query’s thought",
+    "rl_copied": "RL, the query as the thought",
 }
 _HEADLINES = (
     "rl_reasoning",

@@ -207,13 +207,26 @@ class Environment:
                 own,
                 k=c.k,
                 size=len(self.index),
-                ranks=1 + (ranked > own.max(1, keepdims=True)).sum(1),
+                ranks=self._ranks(rollouts, own, rows, ranked, stored) if c.name == "log_rank" else None,
                 emitted=rollouts.emitted,
             ),
             "format": rewards.format_term(rollouts.emitted),
             "length": rewards.length_term(rollouts.lengths, c.min_tokens, c.max_tokens),
         }
         return rewards.combine(terms, c.weights), terms
+
+    def _ranks(self, rollouts: Rollouts, own, rows, ranked, stored) -> np.ndarray:
+        """Rank [R] of each rollout's best relevant document: among the candidates, or, if below them, among all."""
+        best = np.where(rollouts.relevant >= 0, own, -np.inf).max(1)
+        wrong = ~(rows[:, :, None] == rollouts.relevant[:, None]).any(2)
+        ranks = 1 + (wrong & (ranked > best[:, None])).sum(1)
+        below = ranks > ranked.shape[1]
+        stored = self.index.vectors if stored is None else stored
+        for row in np.flatnonzero(below):
+            scores = stored @ rollouts.vectors[row]
+            scores[rollouts.relevant[row][rollouts.relevant[row] >= 0]] = -np.inf
+            ranks[row] = 1 + (scores > best[row]).sum()
+        return ranks
 
     def _learn_drift(self, candidates, stale, fresh, before, step: int) -> None:
         """Score changes of the candidates that were re-encoded now."""

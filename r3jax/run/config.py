@@ -178,6 +178,8 @@ def load_saved(path: pathlib.Path | str) -> ConfigDict:
         raise UserError(f"--workdir: there is no {path}; name the folder of a run that train.py made.") from None
     except ValueError as e:
         raise UserError(f"{path} is not a saved config: {e}.") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is not a saved config; name the folder of a run that train.py made.")
     return ConfigDict(_tuples(saved)).lock()
 
 

@@ -62,7 +62,12 @@ def _has_tokenizer(path: str) -> bool:
 
 RULES: list[Rule] = [
     Rule(("name",), lambda v: bool(v) and "/" not in v, "must be a name without a slash, not {0!r}"),
-    *at_least(0, "seed"),
+    *between(0, 2**31 - 1, "seed"),
+    Rule(
+        ("init_from", "from_scratch"),
+        lambda v, scratch: bool(v) or scratch,
+        "is empty; give the folder of a Qwen-2.5 checkpoint, or set config.from_scratch=True for random weights",
+    ),
     Rule(
         ("init_from",),
         lambda v: not v or pathlib.Path(v).is_dir(),
@@ -111,6 +116,11 @@ RULES: list[Rule] = [
         ("data.train_split", "data.eval_splits"),
         lambda train, held_out: train not in held_out,
         "is {0!r}, which data.eval_splits holds too; an evaluation on training queries shows nothing",
+    ),
+    Rule(
+        ("data.validation_split", "data.train_split", "data.eval_splits"),
+        lambda v, train, held_out: v != train and v not in held_out,
+        "is {0!r}, which trains or evaluates too; what chooses the weights must be a split of its own",
     ),
     *at_least(1, "data.max_query_tokens", "data.max_doc_tokens", "data.max_thought_tokens"),
     *at_least(0, "data.workers", "data.thought_query_terms", "data.thought_document_terms"),
@@ -165,10 +175,10 @@ RULES: list[Rule] = [
         lambda *v: v[-1] == 0 or any(v[:-1]),
         "and the other three weights of sft are all 0, so stage 1 would learn nothing",
     ),
-    *between(0, 1, "sft.corrupt_thoughts", "sft.pseudo_queries"),
+    *between(0, 1, "sft.corrupt_thoughts", "sft.query_dropout", "sft.pseudo_queries"),
     # stage 2
     *at_least(0, "rl.steps", "rl.warmup", "rl.weight_decay"),
-    *at_least(1, "rl.prompts", "rl.chunks", "rl.max_new_tokens", "rl.reward.k"),
+    *at_least(1, "rl.prompts", "rl.chunks", "rl.reward.k", "rl.reward.max_tokens"),
     *at_least(0, "rl.probe_every"),
     *at_least(2, "rl.group_size", why=", for an advantage compares completions of the same query"),
     *above(0, "rl.temperature", "rl.learning_rate", "rl.clip_norm", "rl.contrastive_temperature"),
@@ -189,9 +199,14 @@ RULES: list[Rule] = [
         "({0}) must not exceed rl.reward.max_tokens ({1})",
     ),
     Rule(
-        ("rl.reward.max_tokens", "rl.max_new_tokens"),
+        ("rl.reward.max_tokens", "data.max_thought_tokens"),
         lambda wanted, limit: wanted <= limit,
-        "({0}) must not exceed rl.max_new_tokens ({1})",
+        "({0}) must not exceed data.max_thought_tokens ({1})",
+    ),
+    Rule(
+        ("rl.reward.retrieval", "rl.reward.format", "rl.reward.length"),
+        lambda *v: any(v),
+        "and the other two weights of rl.reward are all 0, so every completion would be as good as another",
     ),
     # index
     *one_of("index.kind", *KINDS),

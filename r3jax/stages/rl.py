@@ -29,9 +29,9 @@ from r3jax.model.sampler import sample
 from r3jax.model.sharding import BATCH, out, place, put_batch
 from r3jax.rl import algorithms
 from r3jax.rl.environment import Clock, Environment, Rollouts
-from r3jax.stages.sft import MAX_POSITIVES, Lengths
+from r3jax.stages.sft import Lengths
 from r3jax.stages.state import TrainState, apply, value_and_grad
-from r3jax.stages.tokens import answer_terms, answer_window
+from r3jax.stages.tokens import answer_terms, answer_window, fill
 from r3jax.text.prompts import ChatFormat
 
 
@@ -54,11 +54,13 @@ class PolicyConfig:
 
 
 class PromptTransform:
-    """A training record as what a rollout needs: its row, its known relevant documents."""
+    """A training record as what a rollout needs: its row, its known relevant documents, at most so many."""
+
+    def __init__(self, most_positives: int):
+        self.most_positives = most_positives
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        known = np.full(MAX_POSITIVES, -1, np.int32)
-        known[: len(record["positives"])] = record["positives"][:MAX_POSITIVES]
+        known = fill(record["positives"], self.most_positives, -1)
         return {"query": np.array(record["query_row"], np.int32), "known": known}
 
 
@@ -91,13 +93,14 @@ class RL:
         encode_batch: int,
         probe_every: int,
         seed: int,
+        most_positives: int,
         policy: PolicyConfig,
     ):
         self.steps, self.mesh, self.model, self.group = steps, mesh, model, group
         self.queries, self.documents, self.chat, self.lengths = queries, documents, chat, lengths
         self.environment, self.policy = environment, policy
         self.encode_batch, self.probe_every = encode_batch, probe_every
-        self._stream = stream(source, transform=PromptTransform(), batch_size=prompts, seed=seed)
+        self._stream = stream(source, transform=PromptTransform(most_positives), batch_size=prompts, seed=seed)
         self._whole = NamedSharding(mesh, P())  # on every device
         self._key = jax.device_put(jax.random.key(seed), self._whole)
         self._samples: list[dict] = []

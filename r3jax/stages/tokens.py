@@ -13,9 +13,9 @@ from r3jax.model.qwen2 import ModelConfig, unembedding
 from r3jax.model.sharding import BATCH, out, place
 
 
-def fill(ids: list[int], length: int) -> np.ndarray:
-    """ids right-padded with 0 to `length`."""
-    row = np.zeros(length, np.int32)
+def fill(ids: list[int], length: int, value: int = 0) -> np.ndarray:
+    """ids right-padded with `value` to `length`."""
+    row = np.full(length, value, np.int32)
     row[: len(ids)] = ids
     return row
 

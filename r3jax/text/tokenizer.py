@@ -52,6 +52,10 @@ class Tokenizer:
         self.im_end_id: int = inner.token_to_id(IM_END)
         self.pad_id: int = inner.token_to_id(PAD_TOKEN)
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._inner.encode_special_tokens = True  # the library forgets it when a worker unpickles it
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written literally in it are encoded as the characters they are."""
         return self._inner.encode(text, add_special_tokens=False).ids
@@ -83,6 +87,12 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"{path} is not a tokenizer file ({error}); fetch or build it again.") from None
     return Tokenizer(inner)
+
+
+def has_embed_token(folder: str | pathlib.Path) -> bool:
+    """Whether the tokenizer in a folder, if there is one, came with the embed token."""
+    path = pathlib.Path(folder) / "tokenizer.json"
+    return path.is_file() and EMBED_TOKEN in path.read_text(encoding="utf-8")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> Tokenizer:
