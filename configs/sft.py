@@ -28,8 +28,6 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "margin": 0.2,  # ours
             # Share of thoughts replaced by another query's, so that the vector trusts thoughts less.
             "corrupt_thoughts": 0.0,
-            # Share of queries of which only half is read before the thought, so that the vector leans on the thought.
-            "query_dropout": 0.5 if tiny else 0.0,
             # Share of pairs that are some words of a document and that document (inverse cloze task).
             "pseudo_queries": 0.25 if tiny else 0.0,
         }

@@ -258,7 +258,6 @@ def _sft(p: Parts, start) -> Stage:
             p.chat,
             p.lengths,
             corrupt_thoughts=c.sft.corrupt_thoughts,
-            query_dropout=c.sft.query_dropout,
             pseudo_queries=c.sft.pseudo_queries,
             think=p.thinker,
             negatives=negatives,

@@ -77,7 +77,6 @@ MICRO = {
     "sft.warmup": 0,
     "sft.kl_weight": 0.1,
     "sft.corrupt_thoughts": 0.3,
-    "sft.query_dropout": 0.0,
     "sft.pseudo_queries": 0.0,
     "rl.steps": 4,
     "rl.prompts": 8,

@@ -175,7 +175,7 @@ RULES: list[Rule] = [
         lambda *v: v[-1] == 0 or any(v[:-1]),
         "and the other three weights of sft are all 0, so stage 1 would learn nothing",
     ),
-    *between(0, 1, "sft.corrupt_thoughts", "sft.query_dropout", "sft.pseudo_queries"),
+    *between(0, 1, "sft.corrupt_thoughts", "sft.pseudo_queries"),
     # stage 2
     *at_least(0, "rl.steps", "rl.warmup", "rl.weight_decay"),
     *at_least(1, "rl.prompts", "rl.chunks", "rl.reward.k", "rl.reward.max_tokens"),

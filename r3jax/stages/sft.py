@@ -58,7 +58,6 @@ class PairTransform:
         chat: ChatFormat,
         lengths: Lengths,
         corrupt_thoughts: float,
-        query_dropout: float = 0.0,
         pseudo_queries: float = 0.0,
         think: Callable[[str, str], str] | None = None,
         negatives: np.ndarray | None = None,
@@ -67,7 +66,7 @@ class PairTransform:
         self.source, self.chat, self.lengths = source, chat, lengths
         self.most_positives = most_positives  # of any query: all are masked out of the negatives
         self.documents = dataset.doc_texts
-        self.corrupt, self.dropout = corrupt_thoughts, query_dropout
+        self.corrupt = corrupt_thoughts
         self.pseudo, self.think = pseudo_queries, think
         self.negatives = negatives  # rows [N, H'], -1 where there are fewer: documents like document i
 
@@ -82,14 +81,9 @@ class PairTransform:
             # Thoughts the model will write itself are often wrong: let the vector see such ones too.
             thought = self.source[int(rng.integers(len(self.source)))]["thought"]
             gold = False
-        read = record["query"]
-        if thought and rng.random() < self.dropout:
-            # What the query no longer says, the vector must read in the thought.
-            read = _some_words(read, 0.5, rng)
-            gold = False
         direct = chat.direct_query(record["query"], n.query)
-        prompt = chat.reasoning_prompt(read, n.query)
-        reasoned = chat.reasoning(read, thought, n.query, n.thought)
+        prompt = chat.reasoning_prompt(record["query"], n.query)
+        reasoned = chat.reasoning(record["query"], thought, n.query, n.thought)
         docs = [positive, *self._hard(positive, positives, rng)]
         rows = [chat.document(self.documents[d], n.document) for d in docs]
         doc_length = chat.direct_extra + n.document
@@ -113,7 +107,10 @@ class PairTransform:
         It teaches which words matter in documents that no training query asks for.
         """
         row = int(rng.integers(len(self.documents)))
-        query = _some_words(self.documents[row], rng.uniform(0.3, 0.8), rng)
+        words = np.array(self.documents[row].split())
+        kept = rng.random(len(words)) < rng.uniform(0.3, 0.8)
+        kept[rng.integers(len(words))] = True
+        query = " ".join(words[kept])
         thought = self.think(query, self.documents[row]) if self.think else ""
         return {"query": query, "positives": [row], "thought": thought}
 
@@ -122,14 +119,6 @@ class PairTransform:
             return []
         near = [int(d) for d in self.negatives[positive] if d >= 0 and d not in positives]
         return [near[rng.integers(len(near))] if near else int(rng.integers(len(self.documents)))]
-
-
-def _some_words(text: str, share: float, rng: np.random.Generator) -> str:
-    """A random share of a text's words, at least one, in order."""
-    words = np.array(text.split())
-    kept = rng.random(len(words)) < share
-    kept[rng.integers(len(words))] = True
-    return " ".join(words[kept])
 
 
 class SFT:
