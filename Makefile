@@ -13,7 +13,7 @@ RUN := .venv/.run-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint format seeds bench clean
+.PHONY: help install train test test-slow lint format seeds clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -56,11 +56,6 @@ seeds: $(RUN) ## three seeds of the default run, and their figures
 		$(PY) -m r3jax.train --config=configs/rl.py --config.seed=$$seed --workdir=runs/seed-$$seed || exit $$?; \
 	done
 	$(PY) -m bench.seeds runs/seed-0 runs/seed-1 runs/seed-2
-
-bench: $(RUN) ## the measurements of bench/
-	for file in $(filter-out bench/__init__.py bench/seeds.py,$(wildcard bench/*.py)); do \
-		$(PY) -m $$(echo $${file%.py} | tr / .) || exit $$?; \
-	done
 
 clean: ## removes .venv and caches; runs/ stays
 	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache

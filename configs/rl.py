@@ -12,11 +12,13 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = f"rl-{arg}"
     config.rl = ConfigDict(
         {
+            # tiny: with reasoning .246 becomes .253 in 120 steps; 240 reach .254.
             "steps": 120 if tiny else 500,
             "prompts": 128 if tiny else 64,
             "group_size": 4 if tiny else 8,
             "chunks": 1 if tiny else 16,
             # Sampling must be plain: truncation (top_p, top_k) biases the ratio and is refused.
+            # tiny writes at 0 when it is used: the cooler its samples, the nearer to what the vector will read.
             "temperature": 0.7 if tiny else 1.0,
             "top_p": 1.0,
             "top_k": 0,
@@ -31,6 +33,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "clip_high": 0.28,
             "kl": "k3",
             "kl_weight": 0.0 if tiny else 0.01,
+            # tiny: most of what stage 2 wins is that the vector learns to read its own thoughts. 0.3, with groups of 8 at
+            # temperature 1, ends at .249 against .255.
             "contrastive_weight": 1.0 if tiny else 0.1,
             "contrastive_temperature": 0.05,
             # Per query, from the refreshed index: what its rollouts ranked best and should not have.
