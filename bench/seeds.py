@@ -6,7 +6,7 @@ import sys
 
 METRIC = "ndcg@10"
 # What a run should show on the queries of seen commands.
-CLAIMS = ("rl_reasoning > sft_reasoning", "rl_reasoning > rl_empty", "rl_reasoning > rl_shuffled", "best trained > bm25")
+CLAIMS = tuple(f"rl_reasoning > {x}" for x in ("sft_reasoning", "rl_empty", "rl_shuffled")) + ("best trained > bm25",)
 
 
 def main(folders: list[str]) -> int:

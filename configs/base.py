@@ -15,8 +15,8 @@ QWEN2_5 = {
     "qwen2_5_32b": (64, 5120, 40, 8, 128, 27648, 152064, False),
     "qwen2_5_72b": (80, 8192, 64, 8, 128, 29568, 152064, False),
 }
-# tiny: what takes 700 steps of stage 1 in ten minutes on two cores; its choices below and in sft.py and rl.py were made
-# by nDCG@10 on the validation split, one seed each (400 queries: a standard error of about .02), and say what they beat.
+# tiny: what takes 700 steps of stage 1 in ten minutes on two cores. Its choices, below and in sft.py and rl.py, name
+# they beat: nDCG@10 on the validation split, one seed each (400 queries: a standard error of about .02).
 TINY = (2, 128, 4, 2, 32, 512, 4096, True)
 SIZES = {"tiny": TINY} | QWEN2_5
 
@@ -54,7 +54,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "workers": 0,
                 "cache": ".cache/data",
             },
-            # Lower case: the queries of seen commands gain .02 from it. A folder with tokenizer.json; "" takes that of init_from, or trains a BPE on the training texts.
+            # A folder with tokenizer.json; "" takes that of init_from, or trains a BPE on the training texts.
+            # tiny reads lower case: a name in a query is then the name of the command, in the same pieces.
             "tokenizer": {"path": "", "vocab_size": 4096 if tiny else 151666, "lowercase": tiny},
             "prompts": {
                 "direct_system": prompts.direct_system,

@@ -33,8 +33,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "clip_high": 0.28,
             "kl": "k3",
             "kl_weight": 0.0 if tiny else 0.01,
-            # tiny: most of what stage 2 wins is that the vector learns to read its own thoughts. 0.3, with groups of 8 at
-            # temperature 1, ends at .249 against .255.
+            # tiny: most of what stage 2 wins is that the vector learns to read its own thoughts. 0.3, with groups
+            # of 8 at temperature 1, ends at .249 against .255.
             "contrastive_weight": 1.0 if tiny else 0.1,
             "contrastive_temperature": 0.05,
             # Per query, from the refreshed index: what its rollouts ranked best and should not have.

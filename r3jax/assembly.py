@@ -121,7 +121,6 @@ class Parts:
             mesh=self.mesh,
             chat=self.chat,
             max_query=c.data.max_query_tokens,
-            max_document=c.data.max_doc_tokens,
             max_new=c.data.max_thought_tokens + 1,
             batch_size=c.evaluate.batch_size,
         )

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-KL_DIRECTIONS = ("ref_policy", "policy_ref")
-
 
 def info_nce(
     query: Float[Array, "B D"],
@@ -66,7 +64,7 @@ class TokenTerms(NamedTuple):
 
     logp: jax.Array  # log-probability of the target
     entropy: jax.Array  # of the policy's distribution, nats
-    kl: jax.Array  # between policy and reference over the whole vocabulary, nats; 0 without a reference
+    kl: jax.Array  # KL(reference || policy) over the whole vocabulary, nats; 0 without a reference
 
 
 def token_terms(
@@ -76,23 +74,19 @@ def token_terms(
     *,
     ref_hidden: Float[Array, "N D"] | None = None,
     ref_unembed: Array | Callable | None = None,
-    kl_direction: str = "ref_policy",
     chunk: int = 1024,
 ) -> TokenTerms:
     """Log-probability, entropy and exact KL of each token without ever holding logits [N, V].
 
     Chunks of about `chunk` tokens go one after the other through the unembedding, and again in the backward
     pass (rematerialised), so memory is chunk * V. Differentiable in `hidden` and in whatever `unembed` holds.
+    KL(reference || policy) keeps all that the reference thinks possible.
 
     Args:
       unembed: the table [V, D], or a function from hidden states [n, D] to logits [n, V].
       ref_hidden: the frozen reference's hidden states; no gradient flows there.
       ref_unembed: its unembedding; the policy's own where not given, with the gradient cut off.
-      kl_direction: "ref_policy" = KL(reference || policy), which keeps all that the reference thinks
-        possible; "policy_ref" = KL(policy || reference), which forbids what it thinks impossible.
     """
-    if kl_direction not in KL_DIRECTIONS:
-        raise ValueError(f"kl_direction must be one of {', '.join(KL_DIRECTIONS)}, not {kl_direction!r}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, it is {chunk}")
     logits_of = _logits_function(unembed)
@@ -102,17 +96,13 @@ def token_terms(
     def one_chunk(part):
         hidden, targets, ref_hidden = part
         logp = jax.nn.log_softmax(logits_of(hidden).astype(jnp.float32), axis=-1)
-        prob = jnp.exp(logp)
         picked = jnp.where(jnp.arange(logp.shape[-1]) == targets[:, None], logp, 0.0).sum(axis=-1)
-        entropy = -(prob * logp).sum(axis=-1)
+        entropy = -(jnp.exp(logp) * logp).sum(axis=-1)
         if ref_hidden is None:
             return TokenTerms(picked, entropy, jnp.zeros_like(entropy))
         ref_logits = jax.lax.stop_gradient(ref_logits_of(ref_hidden).astype(jnp.float32))
         ref_logp = jax.nn.log_softmax(ref_logits, axis=-1)
-        if kl_direction == "ref_policy":
-            kl = (jnp.exp(ref_logp) * (ref_logp - logp)).sum(axis=-1)
-        else:
-            kl = (prob * (logp - ref_logp)).sum(axis=-1)
+        kl = (jnp.exp(ref_logp) * (ref_logp - logp)).sum(axis=-1)
         return TokenTerms(picked, entropy, kl)
 
     count = hidden.shape[0]
@@ -120,20 +110,6 @@ def token_terms(
     parts = jax.tree.map(lambda x: _split(x, chunks), (hidden, targets, ref_hidden))
     terms = jax.lax.map(one_chunk, parts)
     return jax.tree.map(lambda x: _join(x, count), terms)
-
-
-def chunked_token_losses(
-    hidden, unembed, targets, weights: Float[Array, " N"], **kwargs
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums over tokens of cross-entropy and KL to the reference; arguments of `token_terms`.
-
-    Sums, so that the caller divides by the whole batch's weight whatever the micro-batch. What stands at
-    tokens of weight 0 does not matter.
-    """
-    terms = token_terms(hidden, unembed, targets, **kwargs)
-    used = weights > 0
-    cross_entropy = jnp.where(used, -terms.logp, 0.0) * weights
-    return cross_entropy.sum(), (jnp.where(used, terms.kl, 0.0) * weights).sum()
 
 
 def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: int, has_aux: bool = False):

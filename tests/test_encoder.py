@@ -74,10 +74,8 @@ def test_nothing_to_encode_and_nothing_in_a_row(params, mesh):
 def test_many_lengths_compile_few_shapes(params, mesh):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, CONFIG.vocab, n).tolist() for n in rng.permutation(24) + 1]
-    done: list[int] = []
     before = embed_jit._cache_size()
-    encode_rows(params, CONFIG, mesh, rows, batch_size=5, on_batch=done.append)
-    assert sum(done) == 24 and max(done) == 5
+    encode_rows(params, CONFIG, mesh, rows, batch_size=5)
     new = embed_jit._cache_size() - before
     assert 1 <= new <= 3  # of 24 lengths; multiples of eight
     encode_rows(params, CONFIG, mesh, rows[::-1], batch_size=5)

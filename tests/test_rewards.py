@@ -34,8 +34,6 @@ def test_dcg_scaled_by_hand():
     ideal = 1 + 1 / math.log2(3)
     np.testing.assert_allclose(call(dcg_scaled), [0.8 / math.log2(3), (0.6 + 0.0) / ideal])
     np.testing.assert_allclose(call(dcg_scaled, k=1), [0.0, 0.6])  # one place, so the ideal has one document
-    graded = call(dcg_scaled, gains=np.array([[2, 5], [1, 3]]))
-    np.testing.assert_allclose(graded, [0.8 / math.log2(3), 0.6 / (3 + 1 / math.log2(3))])
 
 
 def test_the_other_rewards_by_hand():
@@ -53,21 +51,20 @@ def test_margin_looks_beyond_k_and_at_positives_outside_the_candidates():
     np.testing.assert_allclose(call(margin, k=1, **changes), [0.8 - 0.9, -0.5 - 0.6])
 
 
-def reference(name, rows, scores, relevant, positive_scores, gains, k):
-    gain = {d: g for d, g in zip(relevant, gains, strict=True) if d >= 0}
-    if not gain:
+def reference(name, rows, scores, relevant, positive_scores, k):
+    wanted = {d for d in relevant if d >= 0}
+    if not wanted:
         return 0.0
     place = {d: i + 1 for i, d in enumerate(rows[:k])}
     score = dict(zip(rows, scores, strict=True))
     if name == "mrr":
-        return max((1 / place[d] for d in gain if d in place), default=0.0)
+        return max((1 / place[d] for d in wanted if d in place), default=0.0)
     if name == "margin":
         best = max(s for d, s in zip(relevant, positive_scores, strict=True) if d >= 0)
-        return best - max(score[d] for d in rows if d not in gain)
+        return best - max(score[d] for d in rows if d not in wanted)
     closeness = {d: max(score[d], 0) if name == "dcg_scaled" else 1.0 for d in rows}
-    found = sum(g * closeness[d] / math.log2(place[d] + 1) for d, g in gain.items() if d in place)
-    ideal = sum(g / math.log2(i + 2) for i, g in enumerate(sorted(gain.values(), reverse=True)[:k]))
-    return found / ideal if ideal else 0.0
+    found = sum(closeness[d] / math.log2(place[d] + 1) for d in wanted if d in place)
+    return found / sum(1 / math.log2(i + 2) for i in range(min(len(wanted), k)))
 
 
 @pytest.mark.parametrize("name", ["dcg_scaled", "ndcg", "mrr", "margin"])
@@ -80,12 +77,9 @@ def test_rewards_equal_a_plain_loop(name):
     places = np.take_along_axis(np.argsort(rows, axis=1), relevant, axis=1)
     positive_scores = np.take_along_axis(vectors, places, axis=1)
     relevant[rng.random(relevant.shape) < 0.4] = -1
-    gains = rng.integers(0, 4, relevant.shape).astype(float)
-    if name in ("mrr", "margin"):
-        gains[:] = 1
     rows, vectors = rows[:, :candidates], vectors[:, :candidates]
-    got = REWARDS[name](rows, vectors, relevant, positive_scores, k=k, size=documents, gains=gains)
-    inputs = zip(rows, vectors, relevant, positive_scores, gains, strict=True)
+    got = REWARDS[name](rows, vectors, relevant, positive_scores, k=k, size=documents)
+    inputs = zip(rows, vectors, relevant, positive_scores, strict=True)
     want = [reference(name, *(x.tolist() for x in row), k) for row in inputs]
     np.testing.assert_allclose(got, want, atol=1e-12)
     assert got.std() > 0.05 and (relevant == -1).all(axis=1).any()
@@ -116,8 +110,6 @@ def test_mistakes_name_the_argument():
         ({"k": 0}, "k must"),
         ({"scores": CASE["scores"][:, :2]}, "scores"),
         ({"relevant": CASE["relevant"][:1]}, "relevant"),
-        ({"gains": np.ones((2, 1))}, "gains"),
-        ({"gains": -np.ones((2, 2))}, "gains"),
         ({"emitted": [True]}, "emitted"),
     ]:
         with pytest.raises(ValueError, match=message):

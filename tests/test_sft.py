@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from absl import flags
 
 from r3jax import assembly
 from r3jax.stages import sft
@@ -329,3 +330,19 @@ def test_a_stream_goes_on_where_its_state_was_taken(parts):
         found = jax.device_get(other.next_batch(state, 2)[0])
     for name in want:
         np.testing.assert_array_equal(found[name], want[name])
+
+
+def test_workers_give_the_same_batches(tmp_path):
+    """What a worker process needs pickles: the records, the tokenizer, the writer of thoughts."""
+    fixtures.write_dataset(tmp_path / "data")  # brings no thoughts, so that there is a writer
+    found = []
+    for workers in (0, 1):
+        parts = fixtures.parts(tmp_path, **SETTINGS, data__workers=workers, sft__pseudo_queries=0.5)
+        assert parts.thinker is not None
+        flags.FLAGS.unparse_flags()  # as at a program's start
+        with jax.set_mesh(parts.mesh):
+            stage = assembly.make_stage("sft", parts, None)
+            found.append(jax.device_get(stage.next_batch(None, 1)[0]))
+    for name in found[0]:
+        np.testing.assert_array_equal(found[1][name], found[0][name])
+    assert found[0]["gold"].any() and not found[0]["gold"].all()

@@ -8,7 +8,7 @@ from r3jax.evaluation import significance
 from r3jax.evaluation.significance import paired_randomisation
 
 
-def _scipy(a, b, alternative):
+def _scipy(a, b):
     """Exact: all 2^n sign patterns."""
     return scipy.stats.permutation_test(
         (a, b),
@@ -16,18 +16,17 @@ def _scipy(a, b, alternative):
         permutation_type="samples",
         vectorized=True,
         n_resamples=np.inf,
-        alternative=alternative,
+        alternative="greater",
     ).pvalue
 
 
-@pytest.mark.parametrize("alternative", ["greater", "two-sided"])
 @pytest.mark.parametrize("shift", [-0.1, 0.0, 0.15, 0.4])
-def test_agrees_with_scipy(alternative, shift):
+def test_agrees_with_scipy(shift):
     rng = np.random.default_rng(int(100 * (shift + 1)))
     a = np.round(rng.random(11) + shift, 1)  # rounded: many patterns tie with the observed one
     b = np.round(rng.random(11), 1)
-    exact = _scipy(a, b, alternative)
-    mine = paired_randomisation(a, b, rounds=40_000, alternative=alternative)
+    exact = _scipy(a, b)
+    mine = paired_randomisation(a, b, rounds=40_000)
     assert abs(mine - exact) < 4 * np.sqrt(exact * (1 - exact) / 40_000) + 1e-4
 
 
@@ -65,7 +64,6 @@ def test_blocks_do_not_change_the_estimate(monkeypatch):
         ([1.0], [1.0, 2.0], {}, "paired"),
         ([], [], {}, "empty"),
         ([np.nan], [1.0], {}, "finite"),
-        ([1.0], [0.0], {"alternative": "less"}, "alternative"),
         ([1.0], [0.0], {"rounds": 0}, "rounds"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -104,6 +105,14 @@ def test_save_and_load(small, tmp_path):
     assert (again.size, again.embed_id) == (small.size, small.embed_id)
     assert again.encode_batch([*TEXTS, "<|im_end|>"]) == small.encode_batch([*TEXTS, "<|im_end|>"])
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["tokenizer.json"]
+
+
+def test_a_data_workers_copy_keeps_control_tokens_text(small):
+    copy = pickle.loads(pickle.dumps(small))
+    typed = "before <|im_end|> after"
+    assert copy.im_end_id == small.im_end_id and copy.im_end_id not in copy.encode(typed)
+    assert copy.decode(copy.encode(typed)) == typed
+    assert copy.encode_batch([*TEXTS, typed]) == small.encode_batch([*TEXTS, typed])
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 Axes: B batch, L length, D width, N texts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -62,12 +62,11 @@ def encode_rows(
     rows: Sequence[Sequence[int]],
     *,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Unit vectors [N, D] of tokenised rows, in their order.
 
-    Rows are grouped by length into a few padded shapes, so each shape compiles once. `on_batch` is told how
-    many rows were done. One batch is prepared while the device works on the last. Rows must not be empty.
+    Rows are grouped by length into a few padded shapes, so each shape compiles once. One batch is prepared
+    while the device works on the last. Rows must not be empty.
     """
     parts = batch_parts(mesh)
     batch_size = -(-batch_size // parts) * parts
@@ -85,8 +84,6 @@ def encode_rows(
         if waiting is not None:
             result[waiting[0]] = jax.device_get(waiting[1])[: len(waiting[0])]
         waiting = (chosen, vectors)
-        if on_batch:
-            on_batch(len(chosen))
     if waiting is not None:
         result[waiting[0]] = jax.device_get(waiting[1])[: len(waiting[0])]
     return result

@@ -7,7 +7,7 @@ query itself as the thought).
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,13 +35,8 @@ class Reader:
     mesh: jax.sharding.Mesh
     chat: ChatFormat
     max_query: int
-    max_document: int
     max_new: int
     batch_size: int
-
-    def documents(self, params, texts: Sequence[str], on_batch: Callable | None = None) -> np.ndarray:
-        """Unit vectors [N, D] of documents."""
-        return self._rows(params, self.chat.documents(texts, self.max_document), on_batch)
 
     def direct(self, params, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors [Q, D] of queries read without reasoning."""
@@ -86,8 +81,8 @@ class Reader:
         stacked /= np.linalg.norm(stacked, axis=1, keepdims=True)
         return Reasoned(thoughts, stacked, np.array(emitted))
 
-    def _rows(self, params, rows, on_batch=None) -> np.ndarray:
-        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, on_batch=on_batch)
+    def _rows(self, params, rows) -> np.ndarray:
+        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,7 @@ Departures from GRPO as published (Shao et al., DeepSeekMath, arXiv 2402.03300):
   itself.
 - The loss's normaliser is an argument. The default is DAPO's mean over all tokens (arXiv 2503.14476); GRPO's
   own mean over sequences of their token means is `normalise="sequence"`, Dr. GRPO's constant length (arXiv
-  2503.20783) is `normalise="dr_grpo"`. Its denominator can be given, so that any split into micro-batches
-  gives the same gradient.
+  2503.20783) is `normalise="dr_grpo"`.
 - The two clip bounds differ (DAPO's clip-higher), and the ratio may be the sequence's (GSPO, arXiv
   2507.18071).
 - Advantages may skip the standard deviation (Dr. GRPO) or leave the sample itself out of its baseline (RLOO,
@@ -18,9 +17,9 @@ Departures from GRPO as published (Shao et al., DeepSeekMath, arXiv 2402.03300):
 - One inner step per batch is the usual case: the ratio is then 1 and the clip idle, yet the gradient is the
   same.
 
-Axis legend: B prompts, G samples per prompt (group), R = B * G rollouts, T tokens, V vocabulary. Masks are 1
-at sampled tokens, the terminal token included; a token that was forced (length limit) has mask 0. Everything
-is elementwise or a sum over an axis, so R may be sharded over any mesh axes.
+Axis legend: B prompts, G samples per prompt (group), R = B * G rollouts, T tokens. Masks are 1 at sampled
+tokens, the terminal token included; a token that was forced (length limit) has mask 0. Everything is
+elementwise or a sum over an axis, so R may be sharded over any mesh axes.
 """
 
 import jax
@@ -58,43 +57,29 @@ def advantages(rewards: Float[Array, "B G"], kind: str = "grpo", eps: float = 1e
     return jnp.where(group_spread(rewards)[:, None] > 0, centred, 0.0)
 
 
-def loss_denominator(mask: Float[Array, "R T"], normalise: str = "token", max_tokens: int | None = None):
-    """What the summed loss of a batch is divided by (a scalar): tokens, sequences, or sequences * max_tokens.
-
-    Micro-batches pass the whole batch's denominator to `policy_loss` and `masked_mean` and add up what they
-    get. A sequence without a token in the mask counts for nothing, except under "dr_grpo", whose constant
-    counts every row.
-    """
-    _one_of("normalise", normalise, NORMALISERS)
-    if normalise == "token":
-        return jnp.maximum(mask.sum().astype(jnp.float32), 1.0)
-    if normalise == "sequence":
-        return jnp.maximum((mask.sum(axis=1) > 0).sum().astype(jnp.float32), 1.0)
-    if max_tokens is None or max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1 with dr_grpo, it is {max_tokens}")
-    return jnp.float32(mask.shape[0] * max_tokens)
-
-
 def masked_mean(
     values: Float[Array, "R T"],
     mask: Float[Array, "R T"],
     *,
     normalise: str = "token",
     max_tokens: int | None = None,
-    denominator=None,
 ) -> Float[Array, ""]:
     """The batch's mean of `values` by one of NORMALISERS; where the mask is 0 anything may stand, NaN too.
 
     "token": sum over all tokens / tokens. "sequence": mean over sequences of each one's token mean.
-    "dr_grpo": sum over all tokens / (rows * max_tokens). `denominator` replaces the last division's, see
-    `loss_denominator`.
+    "dr_grpo": sum over all tokens / (rows * max_tokens). A sequence without a token in the mask counts for
+    nothing, except under "dr_grpo", whose constant counts every row.
     """
-    if denominator is None:
-        denominator = loss_denominator(mask, normalise, max_tokens)
+    _one_of("normalise", normalise, NORMALISERS)
     values = jnp.where(mask > 0, values, 0.0)
+    if normalise == "token":
+        return values.sum() / jnp.maximum(mask.sum(), 1)
     if normalise == "sequence":
-        values = values / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-    return values.sum() / denominator
+        tokens = mask.sum(axis=1, keepdims=True)
+        return (values / jnp.maximum(tokens, 1)).sum() / jnp.maximum((tokens > 0).sum(), 1)
+    if max_tokens is None or max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1 with dr_grpo, it is {max_tokens}")
+    return values.sum() / (mask.shape[0] * max_tokens)
 
 
 def policy_loss(
@@ -108,7 +93,6 @@ def policy_loss(
     normalise: str = "token",
     ratio: str = "token",
     max_tokens: int | None = None,
-    denominator=None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The clipped surrogate -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), averaged.
 
@@ -119,7 +103,7 @@ def policy_loss(
       mask: 1 at sampled tokens.
       ratio: "token" = p / p_old of each token; "sequence" = their geometric mean over the rollout (GSPO, to
         be used with normalise="sequence").
-      normalise, max_tokens, denominator: see `masked_mean`.
+      normalise, max_tokens: see `masked_mean`.
 
     Returns:
       The loss and float32 scalars, means over the tokens of the mask: `clip_low` and `clip_high`, the shares
@@ -139,7 +123,7 @@ def policy_loss(
     gains = jax.lax.stop_gradient(advantages)[:, None]
     clipped = jnp.clip(ratios, 1.0 - clip_low, 1.0 + clip_high)
     surrogate = -jnp.minimum(ratios * gains, clipped * gains)
-    loss = masked_mean(surrogate, mask, normalise=normalise, max_tokens=max_tokens, denominator=denominator)
+    loss = masked_mean(surrogate, mask, normalise=normalise, max_tokens=max_tokens)
     stats = {
         "clip_low": masked_mean((ratios < 1.0 - clip_low) & (gains < 0), mask),
         "clip_high": masked_mean((ratios > 1.0 + clip_high) & (gains > 0), mask),
@@ -168,15 +152,6 @@ def kl(
         return k2
     k3 = jnp.expm1(-gap) + gap
     return k2 + jax.lax.stop_gradient(k3 - k2)
-
-
-def entropy(logits: Float[Array, "R T V"], mask: Float[Array, "R T"]) -> Float[Array, "R T"]:
-    """Entropy in nats of the distribution at each token, 0 where masked; differentiable."""
-    logits = jnp.where(mask[..., None] > 0, logits, 0.0)
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    # p * log p is 0 at p = 0, where log p may be -inf.
-    terms = jnp.where(logp > -jnp.inf, jnp.exp(logp) * jnp.where(logp > -jnp.inf, logp, 0.0), 0.0)
-    return jnp.where(mask > 0, -terms.sum(axis=-1), 0.0)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 Every retrieval reward has the same signature, takes what one fresh ranking offers and returns float64 [R]:
 
-    reward(rows, scores, relevant, positive_scores, *, k, size, ranks=None, gains=None, emitted=None)
+    reward(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None)
 
   rows             int [R, K]   candidate documents ranked by their fresh vectors, best first, K >= k
   scores           [R, K]       their cosines, descending
@@ -11,7 +11,6 @@ Every retrieval reward has the same signature, takes what one fresh ranking offe
   k                int          depth of the ranking that counts
   size             int          N, the number of documents in the corpus
   ranks            int [R]      exact rank (from 1) of the best relevant document; only `log_rank` needs it
-  gains            [R, P]       graded relevance of `relevant`, >= 0; 1 everywhere where not given
   emitted          bool [R]     whether the rollout wrote the embed token; a rollout that did not gets 0
 
 The paper's own reward is not published in full; `dcg_scaled` is our reading of it (graded by rank and by
@@ -23,33 +22,33 @@ relevant documents.
 import numpy as np
 
 
-def dcg_scaled(rows, scores, relevant, positive_scores, *, k, size, ranks=None, gains=None, emitted=None):
-    """(1/Z) sum over the top k of gain * max(0, cosine) / log2(rank + 1), in [0, 1].
+def dcg_scaled(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
+    """(1/Z) sum over the relevant in the top k of max(0, cosine) / log2(rank + 1), in [0, 1].
 
     Z is the same sum for the ideal order with cosines of 1, over as many relevant documents as fit into k.
     """
-    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, gains, emitted)
+    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
     return ranking.finish(ranking.discounted_gain(np.maximum(ranking.scores, 0.0)))
 
 
-def ndcg(rows, scores, relevant, positive_scores, *, k, size, ranks=None, gains=None, emitted=None):
-    """nDCG@k with linear gains, in [0, 1] (Järvelin & Kekäläinen 2002)."""
-    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, gains, emitted)
+def ndcg(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
+    """nDCG@k, in [0, 1] (Järvelin & Kekäläinen 2002)."""
+    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
     return ranking.finish(ranking.discounted_gain(1.0))
 
 
-def mrr(rows, scores, relevant, positive_scores, *, k, size, ranks=None, gains=None, emitted=None):
+def mrr(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
     """1 / rank of the first relevant document in the top k, 0 where there is none."""
-    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, gains, emitted)
+    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
     return ranking.finish((ranking.hits / np.arange(1, k + 1)).max(axis=1))
 
 
-def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, gains=None, emitted=None):
+def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
     """1 - log(rank) / log(N) with the exact rank of the best relevant document, in [0, 1] (LREM).
 
     `ranks` is needed: a ranking cut at K does not tell the rank of a document that is not in it.
     """
-    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, gains, emitted)
+    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
     if ranks is None:
         raise ValueError("ranks are needed by log_rank")
     if size < 2:
@@ -64,13 +63,13 @@ def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, ga
     return ranking.finish(1.0 - np.log(ranks) / np.log(size))
 
 
-def margin(rows, scores, relevant, positive_scores, *, k, size, ranks=None, gains=None, emitted=None):
+def margin(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
     """Cosine to the best relevant document minus the best irrelevant one's, in [-2, 2]; does not saturate.
 
     Source: ELVA. Every one of the K candidates that is not relevant is a negative; if none is, the margin is
     0.
     """
-    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, gains, emitted)
+    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
     best_positive = np.where(ranking.known, ranking.positive_scores, -np.inf).max(axis=1)
     negative = ~ranking.all_hits
     best_negative = np.where(negative, ranking.all_scores, -np.inf).max(axis=1)
@@ -120,7 +119,7 @@ def combine(terms: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarr
 class _Ranking:
     """Checked inputs of one call, with the relevant documents found among the candidates."""
 
-    def __init__(self, rows, scores, relevant, positive_scores, k, size, gains, emitted):
+    def __init__(self, rows, scores, relevant, positive_scores, k, size, emitted):
         rows, relevant = np.asarray(rows), np.asarray(relevant)
         scores = np.asarray(scores, np.float64)
         positive_scores = np.asarray(positive_scores, np.float64)
@@ -138,37 +137,25 @@ class _Ranking:
         self.emitted = np.ones(count, bool) if emitted is None else np.asarray(emitted, bool)
         if self.emitted.shape != (count,):
             raise ValueError(f"emitted must have shape ({count},), not {self.emitted.shape}")
-        gains = np.ones(relevant.shape) if gains is None else np.asarray(gains, np.float64)
-        if gains.shape != relevant.shape:
-            raise ValueError(f"gains must have shape {relevant.shape}, not {gains.shape}")
         # A rollout without an embedding has no scores: whatever stands there is replaced before it can
         # spread.
         written = self.emitted[:, None]
         self.known = (relevant >= 0) & written
         self.all_scores = np.where(written, scores, 0.0)
         self.positive_scores = np.where(self.known, positive_scores, 0.0)
-        self.gains = np.where(self.known, gains, 0.0)
-        for name, array in (
-            ("scores", self.all_scores),
-            ("positive_scores", self.positive_scores),
-            ("gains", self.gains),
-        ):
-            _finite(name, array)
-        if (self.gains < 0).any():
-            raise ValueError("gains must not be negative")
+        _finite("scores", self.all_scores)
+        _finite("positive_scores", self.positive_scores)
         # [R, K, P]: which candidate is which relevant document.
         match = (rows[:, :, None] == relevant[:, None, :]) & self.known[:, None, :] & (rows >= 0)[:, :, None]
         self.all_hits = match.any(axis=2)
         self.hits = self.all_hits[:, :k]
         self.scores = self.all_scores[:, :k]
-        self.hit_gains = (match[:, :k] * self.gains[:, None, :]).max(axis=2, initial=0.0)
 
     def discounted_gain(self, closeness) -> np.ndarray:
         """DCG@k of the hits times `closeness` [R, k], over the ideal DCG@k; 0 without relevant documents."""
         discount = 1.0 / np.log2(np.arange(2, self.k + 2))
-        found = (self.hit_gains * closeness * discount).sum(axis=1)
-        ideal_gains = -np.sort(-self.gains, axis=1)[:, : self.k]
-        ideal = (ideal_gains * discount[: ideal_gains.shape[1]]).sum(axis=1)
+        found = (self.hits * closeness * discount).sum(axis=1)
+        ideal = np.append(0.0, np.cumsum(discount))[np.minimum(self.known.sum(axis=1), self.k)]
         return np.divide(found, ideal, out=np.zeros(len(found)), where=ideal > 0)
 
     def finish(self, reward) -> np.ndarray:

@@ -36,8 +36,7 @@ class Checkpointer:
     Args:
       folder: where they lie; made if missing (not for read_only).
       keep_last: how many of the newest to keep.
-      best_key: name of the metric by which one best checkpoint is kept besides; None keeps none.
-      best_mode: "max" or "min": which value of that metric is best.
+      best_key: name of the metric whose highest value keeps one best checkpoint besides; None keeps none.
       read_only: for evaluation beside a running training: writes and cleans nothing.
     """
 
@@ -46,11 +45,8 @@ class Checkpointer:
         folder: pathlib.Path | str,
         keep_last: int,
         best_key: str | None = None,
-        best_mode: str = "max",
         read_only: bool = False,
     ):
-        if best_mode not in ("max", "min"):
-            raise ValueError(f"best_mode must be 'max' or 'min', not {best_mode!r}")
         self.folder = pathlib.Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise UserError(f"there are no checkpoints at {folder}; train first, or name another --workdir.")
@@ -60,20 +56,12 @@ class Checkpointer:
         if best_key is not None:
             # best_fn beside the policy: without it a restarted manager reads no metrics and drops the best
             best_fn = lambda metrics: metrics[best_key]  # noqa: E731
-            keep.append(
-                BestN(
-                    get_metric_fn=best_fn,
-                    reverse=best_mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            keep.append(BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(keep),
                 best_fn=best_fn,
-                best_mode=best_mode,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
             ),
