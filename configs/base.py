@@ -81,6 +81,11 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "checkpoint": {"every": 50, "keep": 2},
             "log": {"every": 5, "samples_every": 20},
-            "evaluate": {"every": 175 if tiny else 100, "batch_size": 256 if tiny else 32},
+            # thoughts: how many the condition `averaged` of the last evaluation takes the mean of; 0 leaves it out.
+            "evaluate": {
+                "every": 175 if tiny else 100,
+                "batch_size": 256 if tiny else 32,
+                "thoughts": 8 if tiny else 0,
+            },
         }
     )

@@ -122,6 +122,7 @@ class Parts:
             chat=self.chat,
             max_query=c.data.max_query_tokens,
             max_new=c.data.max_thought_tokens + 1,
+            thoughts=c.evaluate.thoughts,
             batch_size=c.evaluate.batch_size,
         )
 

@@ -62,6 +62,7 @@ MICRO = {
     "data.max_doc_tokens": 12,
     "data.max_thought_tokens": 5,
     "tokenizer.vocab_size": 512,
+    "tokenizer.lowercase": False,
     "model.layers": 2,
     "model.width": 32,
     "model.heads": 4,

@@ -10,7 +10,7 @@ from scipy import stats
 
 from r3jax.evaluation.trec import read_run
 from r3jax.results.comparison import QUESTIONS, compare, p_values, refresh_figures
-from r3jax.results.conditions import Measured
+from r3jax.results.conditions import MODEL_CONDITIONS, Measured
 from tests import fixtures
 
 
@@ -69,7 +69,7 @@ def test_compare_measures_each_model_on_each_split(tmp_path):
         models = ((name, params) for name in ("untrained", "sft"))
         found = compare(parts.dataset, ("unseen", "seen"), models, parts.reader, encode, tmp_path)
     assert len(asked) == 2  # the corpus once for each model
-    names = ["bm25", "untrained", "sft_direct", "sft_reasoning", "sft_empty", "sft_shuffled", "sft_copied"]
+    names = ["bm25", "untrained", *(f"sft_{name}" for name in MODEL_CONDITIONS)]
     assert list(found["splits"]) == ["unseen", "seen"]
     for split, conditions in found["splits"].items():
         assert list(conditions) == names

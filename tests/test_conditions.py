@@ -122,6 +122,18 @@ def test_a_thought_is_greedy(parts, params, reasoned):
             assert likeliest[len(row) - 2] == parts.chat.tokenizer.embed_id
 
 
+def test_an_average_is_the_mean_of_sampled_thoughts(parts, params, found, reasoned):
+    _, texts = queries_of(parts.dataset, SPLIT)
+    with jax.set_mesh(parts.mesh):
+        three = parts.reader.reason(params, texts, 3)
+        again = dataclasses.replace(parts.reader, batch_size=7).reason(params, texts, 3)  # other batches
+    np.testing.assert_allclose(again.vectors, three.vectors, atol=1e-5)
+    assert again.thoughts == three.thoughts != reasoned.thoughts
+    np.testing.assert_allclose(np.linalg.norm(three.vectors, axis=1), 1, atol=1e-5)
+    assert (three.tokens >= [len(t) for t in three.thoughts]).all() and three.tokens.mean() > 2 * reasoned.tokens.mean()
+    assert found["averaged"].summary["thought_tokens"] > found["reasoning"].summary["thought_tokens"]
+
+
 def test_controls_read_other_thoughts(parts, params, vectors, found, reasoned):
     nothing = [[]] * 20
     others = reasoned.thoughts[1:] + reasoned.thoughts[:1]
@@ -180,7 +192,7 @@ def test_queries_without_a_relevant_document_are_not_asked(parts):
 def test_an_unknown_condition_is_named(parts, params, vectors):
     with (
         jax.set_mesh(parts.mesh),
-        pytest.raises(ValueError, match="direct, reasoning, empty, shuffled, copied, not 'gold'"),
+        pytest.raises(ValueError, match="direct, reasoning, averaged, empty, shuffled, copied, not 'gold'"),
     ):
         index = VersionedIndex.build(vectors, 0, "exact")
         evaluate(parts.reader, params, parts.dataset, SPLIT, index, ("gold",))

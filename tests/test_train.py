@@ -19,7 +19,7 @@ from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
 from tests import fixtures
 
-CONDITIONS = ("direct", "reasoning", "empty", "shuffled", "copied")
+CONDITIONS = ("direct", "reasoning", "averaged", "empty", "shuffled", "copied")
 TRAINED = [f"{stage}_{how}" for stage in ("sft", "rl") for how in CONDITIONS]
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
 
@@ -47,7 +47,7 @@ def test_results_hold_every_condition_with_its_figures(finished):
         for name, figures in conditions.items():
             assert figures["queries"] == 20 and figures["ms_per_query"] > 0
             assert all(0 <= figures[m] <= 1 for m in METRICS)
-            assert (figures["thought_tokens"] is not None) == name.endswith("reasoning")
+            assert (figures["thought_tokens"] is not None) == name.endswith(("reasoning", "averaged"))
         p = results["p_values"][split]
         assert {
             "rl_reasoning > sft_reasoning",
@@ -92,7 +92,7 @@ def test_what_a_run_leaves_on_disk(finished):
         parts = sum(r[f"time/{name}"] for name in ("rollout", "search", "encode", "reward", "update"))
         assert parts <= r["time/step"]
     assert {r["step"] for r in lines(folder / "samples.jsonl")} == {2, 4}
-    assert len(list((folder / "trec").glob("*.run"))) == 2 * 12
+    assert len(list((folder / "trec").glob("*.run"))) == 2 * 14
     assert len(json.loads((folder / "examples.json").read_text())) == 40
     assert "<html" in (folder / "report.html").read_text() and list((folder / "tensorboard").rglob("*tfevents*"))
     assert (folder / "tokenizer" / "tokenizer.json").exists() and (folder / "thoughts.jsonl").exists()

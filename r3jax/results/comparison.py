@@ -24,6 +24,10 @@ QUESTIONS = (
     ("rl_reasoning", "rl_copied"),
     ("rl_reasoning", "rl_direct"),
     ("rl_reasoning", "sft_direct"),
+    ("rl_averaged", "rl_reasoning"),
+    ("rl_averaged", "rl_empty"),
+    ("rl_averaged", "rl_direct"),
+    ("rl_averaged", "sft_direct"),
     ("sft_reasoning", "sft_direct"),
     ("best trained", "bm25"),
 )
@@ -49,7 +53,9 @@ def compare(
         index = VersionedIndex.build(encode_corpus(params), 0, "exact")
         cards = []
         for split in splits:
-            wanted = ("direct",) if name == "untrained" else MODEL_CONDITIONS
+            wanted = [c for c in MODEL_CONDITIONS if c == "direct" or name != "untrained"]
+            if reader.thoughts < 2:
+                wanted = [c for c in wanted if c != "averaged"]
             measured = evaluate(reader, params, dataset, split, index, wanted)
             for condition, m in measured.items():
                 label = name if name == "untrained" else f"{name}_{condition}" if name else condition
@@ -69,7 +75,7 @@ def compare(
 
 def best_trained(found: Mapping[str, Measured]) -> str:
     """The trained condition, no control, with the highest nDCG@10 on this split; "" if there is none."""
-    trained = [x for x in found if x.startswith(("sft_", "rl_")) and x.endswith(("_direct", "_reasoning"))]
+    trained = [x for x in found if x.startswith(("sft_", "rl_")) and x.endswith(("_direct", "_reasoning", "_averaged"))]
     return max(trained, key=lambda label: found[label].summary[METRIC], default="")
 
 

@@ -2,7 +2,8 @@
 
 Conditions of one model: `direct` (fixed answer), `reasoning` (its own greedy thought), and the controls
 `empty` (the reasoning prompt, no thought), `shuffled` (the thought it wrote for the next query) and `copied` (the
-query itself as the thought).
+query itself as the thought). `averaged` spends more on thinking: the mean of the vectors of several sampled thoughts
+(self-consistency, Wang et al. 2022, for vectors), so that no single wrong term decides.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from r3jax.search.index import VersionedIndex
 from r3jax.text.prompts import ChatFormat
 
 DEPTH = 100  # documents returned per query
-MODEL_CONDITIONS = ("direct", "reasoning", "empty", "shuffled", "copied")
+MODEL_CONDITIONS = ("direct", "reasoning", "averaged", "empty", "shuffled", "copied")
+TEMPERATURE = 0.7  # of sampled thoughts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Reader:
     chat: ChatFormat
     max_query: int
     max_new: int
+    thoughts: int  # of the condition `averaged`; with 0 or 1 it is left out
     batch_size: int
 
     def direct(self, params, texts: Sequence[str]) -> np.ndarray:
@@ -48,38 +51,41 @@ class Reader:
         end = [self.chat.tokenizer.embed_id]
         return self._rows(params, [[*p, *t, *end] for p, t in zip(prompts, thoughts, strict=True)])
 
-    def reason(self, params, texts: Sequence[str]) -> "Reasoned":
-        """The model's own greedy thoughts and the vectors they end in."""
+    def reason(self, params, texts: Sequence[str], count: int = 1) -> "Reasoned":
+        """The model's own thoughts and the vectors they end in: one greedy, or the mean over `count` sampled."""
         prompts = self.chat.reasoning_prompts(texts, self.max_query)
         width = bucket_of(self.chat.reasoning_extra + self.max_query)
         parts = batch_parts(self.mesh)
-        size = -(-self.batch_size // parts) * parts
+        size = -(-max(1, self.batch_size // count) // parts) * parts
         tokenizer = self.chat.tokenizer
-        thoughts, vectors, emitted = [], [], []
+        thoughts: list[list[int]] = []
+        vectors, emitted, spent = [], [], []
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             tokens, lengths = pad(chunk, width, size)
-            ids = np.arange(size, dtype=np.int32)
+            ids = np.arange(start, start + size, dtype=np.int32)
             done = jax.device_get(
                 sample(
                     params,
                     *put_batch(self.mesh, (tokens, lengths, ids)),
                     jax.random.key(0),
                     config=self.model,
-                    group=1,
+                    group=count,
                     max_new=self.max_new,
-                    temperature=0.0,
+                    temperature=TEMPERATURE if count > 1 else 0.0,
                     embed_id=tokenizer.embed_id,
                     stop_ids=(tokenizer.im_end_id, tokenizer.pad_id),
                 )
             )
-            for i in range(len(chunk)):
-                thoughts.append([int(t) for t in done.tokens[i, 0, : done.lengths[i, 0] - 1]])
-                vectors.append(done.embedding[i, 0])
-                emitted.append(bool(done.emitted[i, 0]))
-        stacked = np.stack(vectors)
-        stacked /= np.linalg.norm(stacked, axis=1, keepdims=True)
-        return Reasoned(thoughts, stacked, np.array(emitted))
+            rows = range(len(chunk))
+            thoughts += [[int(t) for t in done.tokens[i, 0, : done.lengths[i, 0] - 1]] for i in rows]
+            vectors.append(done.embedding[: len(chunk)])
+            emitted.append(done.emitted[: len(chunk)])
+            spent.append(done.lengths[: len(chunk)] - 1)
+        each = np.concatenate(vectors)
+        mean = (each / np.linalg.norm(each, axis=-1, keepdims=True)).mean(1)
+        mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
+        return Reasoned(thoughts, mean, np.concatenate(emitted).mean(1), np.concatenate(spent).sum(1))
 
     def _rows(self, params, rows) -> np.ndarray:
         return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size)
@@ -87,11 +93,12 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Reasoned:
-    """Thoughts (token ids, without the embed token), vectors [Q, D], and whether the token came by itself."""
+    """What came of thinking, for each of Q queries."""
 
-    thoughts: list[list[int]]
-    vectors: np.ndarray
-    emitted: np.ndarray
+    thoughts: list[list[int]]  # the first one's token ids, without the embed token
+    vectors: np.ndarray  # [Q, D] unit
+    emitted: np.ndarray  # [Q] share of thoughts that ended with the embed token by themselves
+    tokens: np.ndarray  # [Q] of all thoughts together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +137,7 @@ def evaluate(
 ) -> dict[str, Measured]:
     """The model's conditions on one split, searched exactly in `index` (this model's document vectors)."""
     ids, texts = queries_of(dataset, split)
-    found, reasoned, thinking = {}, None, 0.0
+    found, reasoned, averaged, thinking = {}, None, None, 0.0
     if set(conditions) & {"reasoning", "shuffled"}:
         start = time.perf_counter()
         reasoned = reader.reason(params, texts)
@@ -142,6 +149,9 @@ def evaluate(
             vectors = reader.direct(params, texts)
         elif name == "reasoning":
             vectors, thoughts, seconds = reasoned.vectors, reasoned.thoughts, thinking
+        elif name == "averaged":
+            averaged = reader.reason(params, texts, reader.thoughts)
+            vectors = averaged.vectors
         elif name == "empty":
             vectors = reader.with_thoughts(params, texts, [[]] * len(texts))
         elif name == "shuffled":
@@ -155,9 +165,11 @@ def evaluate(
         rows, scores = index.search(vectors, min(DEPTH, len(index)))
         seconds += time.perf_counter() - start
         measured = _measure(dataset, split, ids, rows, scores, seconds)
+        if name in ("reasoning", "averaged"):
+            own = averaged if name == "averaged" else reasoned
+            measured.summary["thought_tokens"] = float(own.tokens.mean())
+            measured.summary["token_rate"] = float(own.emitted.mean())
         if thoughts is not None:
-            measured.summary["thought_tokens"] = float(np.mean([len(t) for t in thoughts]))
-            measured.summary["token_rate"] = float(reasoned.emitted.mean())
             decoded = [reader.chat.tokenizer.decode(t) for t in thoughts]
             measured = dataclasses.replace(measured, thoughts=decoded, emitted=reasoned.emitted)
         found[name] = measured
@@ -188,7 +200,7 @@ def examples(dataset: Dataset, split: str, found: dict[str, Measured], count: in
                 "query_id": query,
                 "query": dataset.query_texts[dataset.query_row[query]],
                 "thought": reasoned.thoughts[i],
-                "emitted": bool(reasoned.emitted[i]),
+                "emitted": bool(reasoned.emitted[i] == 1),
                 "relevant": [{"doc_id": d, "text": dataset.doc_texts[dataset.doc_row[d]]} for d in sorted(relevant)],
                 "hits_with": top(reasoned),
                 "hits_without": top(direct),

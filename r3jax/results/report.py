@@ -24,6 +24,7 @@ LABELS = {
     "sft_reasoning": "SFT, with reasoning",
     "rl_direct": "RL, direct",
     "rl_reasoning": "RL, with reasoning",
+    "rl_averaged": "RL, mean of several thoughts",
     "rl_empty": "RL, empty thought",
     "rl_shuffled": "RL, another query’s thought",
     "rl_copied": "RL, the query as the thought",

@@ -221,7 +221,7 @@ RULES: list[Rule] = [
     ),
     # state and what the user sees
     *at_least(1, "checkpoint.every", "checkpoint.keep", "log.every", "evaluate.batch_size"),
-    *at_least(0, "log.samples_every", "evaluate.every"),
+    *at_least(0, "log.samples_every", "evaluate.every", "evaluate.thoughts"),
 ]
 
 
