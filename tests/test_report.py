@@ -271,6 +271,7 @@ def test_the_table_as_text_and_markdown():
     row = next(line for line in text.splitlines() if line.startswith("rl_reasoning "))
     assert row.split() == ["rl_reasoning", "0.387*", "0.500*", "0.700*", "0.300*", "7.9", "99.9", "%", "1.5"]
     assert "rl_reasoning > sft_reasoning: p < 0.001" in text and "without any document: rl_reasoning 3" in text
+    assert "whole run: 17.4 minutes, peak memory 3.00 GiB" in text and "probe steps: " in text
     rows = [line for line in table.markdown(_results()).splitlines() if line.startswith("| rl_reasoning")]
     assert rows[0] == "| rl_reasoning | **0.387** | **0.500** | **0.700** | **0.300** | 7.9 | 99.9 % | 1.5 |"
     assert len(rows) == 2

@@ -39,6 +39,8 @@ def show(results: Mapping[str, Any], file: TextIO | None = None) -> None:
         console.print(table)
         for line in notes(results, split):
             console.print(Text("  " + line, style="dim"))
+    for line in cost(results):
+        console.print(Text(line, style="dim"))
 
 
 def plain(results: Mapping[str, Any]) -> str:
@@ -57,6 +59,7 @@ def plain(results: Mapping[str, Any]) -> str:
         rule = "-" * len(body[0])
         lines += [_title(split, conditions), rule, body[0], rule, *body[1:]]
         lines += [*("  " + line for line in notes(results, split)), ""]
+    lines += cost(results)
     return "\n".join(line.rstrip() for line in lines) + ("\n" if lines else "")
 
 
@@ -112,6 +115,22 @@ def notes(results: Mapping[str, Any], split: str) -> list[str]:
     if silent:
         lines.append("queries without any document: " + ", ".join(f"{n} {c:,.0f}" for n, c in silent.items()))
     return [*lines, LEGEND]
+
+
+def cost(results: Mapping[str, Any]) -> list[str]:
+    """What the run took, and how its index followed; nothing for what is not known."""
+    lines = []
+    seconds, memory = number(results.get("seconds")), number(results.get("peak_rss_bytes"))
+    if seconds is not None and memory is not None:
+        lines.append(f"whole run: {seconds / 60:.1f} minutes, peak memory {memory / 2**30:.2f} GiB")
+    refresh = results.get("refresh") or {}
+    error = number(refresh.get("mean_abs_reward_error"))
+    if error is not None:
+        lines.append(
+            f"index: at most {percent(refresh.get('max_share_reencoded'))} of the documents re-encoded per step"
+        )
+        lines.append(f"reward error, mean over {fixed(refresh.get('probe_steps'), 0)} probe steps: {error:.1e}")
+    return lines
 
 
 def p_text(p: Any) -> str:
