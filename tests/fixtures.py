@@ -101,6 +101,8 @@ MICRO = {
     "xla_cache": XLA_CACHE,
 }
 
+FINISHED = {"sft__pseudo_queries": 0.25}  # of `finished_run`
+
 
 def write_dataset(folder: pathlib.Path, thoughts: bool = False) -> pathlib.Path:
     """A BEIR folder: 200 documents, queries that rephrase them, 120 to train on and 20 in each other split.
@@ -208,5 +210,5 @@ def finished_run() -> tuple[pathlib.Path, str]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_dataset(folder / "data")
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        train.main([*flags(folder, sft__pseudo_queries=0.25), f"--workdir={folder / 'run'}"])
+        train.main([*flags(folder, **FINISHED), f"--workdir={folder / 'run'}"])
     return folder, said.getvalue()

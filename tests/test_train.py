@@ -112,7 +112,8 @@ def test_a_changed_data_set_is_refused(finished, tmp_path):
     folder = shutil.copytree(finished[0].parent, tmp_path / "copy")
     corpus = folder / "data" / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace("show", "exhibit", 1))
-    flags = [flag.replace(str(finished[0].parent), str(folder)) for flag in fixtures.flags(finished[0].parent)]
+    given = fixtures.flags(finished[0].parent, **fixtures.FINISHED)
+    flags = [flag.replace(str(finished[0].parent), str(folder)) for flag in given]
     config = folder / "run" / "config.json"
     config.write_text(config.read_text().replace(str(finished[0].parent), str(folder)))
     with pytest.raises(UserError, match="config.data.path: .* has changed since this run began"):
@@ -122,7 +123,7 @@ def test_a_changed_data_set_is_refused(finished, tmp_path):
 def test_a_finished_run_given_again_trains_nothing(finished, capsys):
     folder, results, _ = finished
     before = [(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")]
-    train.main([*fixtures.flags(folder.parent), f"--workdir={folder}"])
+    train.main([*fixtures.flags(folder.parent, **fixtures.FINISHED), f"--workdir={folder}"])
     assert [(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")] == before
     again = json.loads((folder / "results.json").read_text())
     assert again["p_values"] == results["p_values"] and again["refresh"] == results["refresh"]
