@@ -85,7 +85,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "evaluate": {
                 "every": 175 if tiny else 100,
                 "batch_size": 256 if tiny else 32,
-                "thoughts": 8 if tiny else 0,
+                "thoughts": 4 if tiny else 0,
             },
         }
     )
