@@ -4,8 +4,8 @@
 
 Splits, by the command of a query's first relevant document (its first word that is not `sudo`):
   unseen      the source's dev split, whole: tldr pages that never occur in train.
-  seen        1,300 held-out train queries whose command keeps at least 2 other training queries.
-  validation  400 queries for every choice: 200 like `seen`, 200 of commands wholly taken out of train.
+  seen        4,000 held-out train queries whose command keeps at least 2 other training queries.
+  validation  1,000 queries for every choice: 500 like `seen`, 500 of commands wholly taken out of train.
   train       the rest, less any query with a document that is relevant to a held-out query.
 A drawn query's documents are drawn with it: other train queries that share one are dropped.
 Queries without judgements are dropped. The draw depends only on SEED and the source's content.
@@ -18,7 +18,7 @@ import random
 import sys
 
 SEED = 20240607
-SEEN, VALIDATION_SEEN, VALIDATION_UNSEEN = 1300, 200, 200
+SEEN, VALIDATION_SEEN, VALIDATION_UNSEEN = 4000, 500, 500
 KEEP_AT_LEAST = 2  # other training queries that a seen command must keep
 MAX_PER_UNSEEN_COMMAND = 10  # so that the unseen half of validation covers many commands
 
