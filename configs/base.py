@@ -83,9 +83,9 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "log": {"every": 5, "samples_every": 20},
             # thoughts: how many the condition `averaged` of the last evaluation takes the mean of; 0 leaves it out.
             "evaluate": {
-                "every": 275 if tiny else 100,
+                "every": 350 if tiny else 100,
                 "batch_size": 256 if tiny else 32,
-                "thoughts": 4 if tiny else 0,
+                "thoughts": 0,
             },
         }
     )
