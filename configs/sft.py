@@ -12,8 +12,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = f"sft-{arg}"
     config.sft = ConfigDict(
         {
-            # tiny: with reasoning .177 after 275 steps, .234 after 550, .247 after 700; direct mode .230, .255, .264. To
-            # write takes longer to learn than to read, and stage 2 turns bad writers to silence: 550 are too few.
+            # tiny: with reasoning .177, .234, .247 after 275, 550, 700 steps; direct mode .230, .255, .264. Writing
+            # takes longer to learn than reading, and stage 2 turns bad writers to silence: 550 are too few.
             "steps": 700 if tiny else 2000,
             "batch_size": 256,
             "chunks": 1 if tiny else 16,  # gradient caching: the same gradient in so many parts
