@@ -122,8 +122,9 @@ def direct_template(chat: ChatFormat) -> str:
     of the direct prompt.
     """
     lower = LOWER if chat.tokenizer.lowercase else ""
-    # "<|IM_END|>" must not become a control token by being lowered
-    text = f"messages[-1].content | trim{lower}" + (" | replace('<|', '< |')" if lower else "")
+    text = f"messages[-1].content | trim{lower}"
+    if lower:  # "<|IM_END|>" must not become a control token by being lowered
+        text += "".join(f" | replace('{t}', '< {t[1:]}')" for t in (IM_START, IM_END, EMBED_TOKEN, PAD_TOKEN))
     prompts = (chat.prompts.direct_system, chat.prompts.direct_assistant)
     system, answer = (json.dumps(x, ensure_ascii=False) for x in prompts)  # as Jinja reads strings too
     return (

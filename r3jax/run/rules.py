@@ -52,7 +52,7 @@ def _has_split(path: str, split: str) -> bool:
 
 
 def _is_here(name: str) -> bool:
-    """Not so a name on the hub: what is there shows when it is fetched."""
+    """Whether it can be looked into now: a name on the hub only when it was fetched."""
     return pathlib.Path(name).is_dir() or not is_hub_id(name)
 
 
