@@ -30,7 +30,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         {
             "name": arg,
             "seed": 0,
-            # A run of ours (its folder) or a local Hugging Face folder; "" starts from random weights.
+            # A run of ours (its folder), a Hugging Face folder or a hub id, whose config.json then decides the sizes of
+            # `model`; "" starts from random weights.
             "init_from": "",
             "from_scratch": tiny,  # whether random weights are meant when init_from is empty
             "xla_cache": ".cache/xla",  # compiled programs, kept between runs

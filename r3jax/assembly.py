@@ -12,6 +12,9 @@ from r3jax.data import beir, store, thoughts
 from r3jax.errors import UserError
 from r3jax.model import params as model_params
 from r3jax.model.encoder import encode_rows
+from r3jax.model.hub import local_folder
+from r3jax.model.hugging_face import load_hugging_face
+from r3jax.model.hugging_face_config import read_config
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import batch_parts, make_mesh
 from r3jax.results.conditions import Reader
@@ -26,6 +29,7 @@ from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
 BEST_KEY = "ndcg@10/reasoning"  # on the validation split
+IMPORTED = "imported"  # the stage of a published checkpoint that `r3jax.convert import` made a run of
 # What may differ between the command that began a run and the one that goes on with it.
 FREE = ("name", "log.", "checkpoint.", "xla_cache", "data.cache")
 
@@ -53,6 +57,25 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
     except OSError as e:
         raise UserError(f"--workdir: cannot write to {workdir}: {e.strerror}; name another folder.") from None
     return begun
+
+
+def adopt_sizes(config: ConfigDict) -> None:
+    """Sets config.model's sizes, in place, to those in the config.json of the checkpoint that init_from names.
+
+    A run of ours keeps its own config, and random weights have none. Raises UserError for a checkpoint that is
+    neither here nor on the hub, or that the decoder does not implement.
+    """
+    if not config.init_from or is_run(config.init_from):
+        return
+    folder = local_folder(config.init_from)
+    if not any(folder.glob("*.safetensors")):
+        return  # for the rules to say
+    sizes = read_config(folder)
+    changed = {name: value for name, value in sizes.items() if config.model[name] != value}
+    if changed:
+        words = ", ".join(f"{name} {value} (not {config.model[name]})" for name, value in changed.items())
+        print(f"config.model as in {config.init_from}: {words}")
+        config.model.update(changed)
 
 
 def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -140,11 +163,10 @@ class Parts:
         source = self.config.init_from
         if not source:
             return model_params.init(self.model, self.mesh, self.config.seed, self.chat.tokenizer.embed_id)
-        folder = pathlib.Path(source)
+        folder = local_folder(source)
         if is_run(source):
             return load_params(folder, self.model, self.mesh, trained_stage(folder))
-        new = None if tokenizers.has_embed_token(folder) else self.chat.tokenizer.embed_id
-        return model_params.load_hugging_face(folder, self.model, self.mesh, new)
+        return load_published(folder, self.model, self.mesh, self.chat.tokenizer)
 
 
 def parts(
@@ -167,7 +189,7 @@ def parts(
         )
     tokenizer = _tokenizer(config, workdir, dataset, begun)
     chat = ChatFormat(tokenizer, Prompts(**config.prompts))
-    return Parts(config, workdir, mesh, dataset, chat, _model_config(config, tokenizer))
+    return Parts(config, workdir, mesh, dataset, chat, model_config(config, tokenizer))
 
 
 def mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -184,7 +206,7 @@ def trained_stage(run: pathlib.Path) -> str:
 
 
 def _trained(run: pathlib.Path) -> str | None:
-    for stage in ("rl", "sft"):
+    for stage in ("rl", "sft", IMPORTED):
         # A checkpoint that is being written has a longer name than its step.
         if any(step.name.isdigit() for step in (run / "checkpoints" / stage).glob("*")):
             return stage
@@ -204,14 +226,25 @@ def load_params(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, 
     return state["train"]["params"]
 
 
+def load_published(folder: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, tokenizer):
+    """The weights of a Hugging Face folder; the row of an embed token that is new to it becomes the mean."""
+    new = None if tokenizers.has_embed_token(folder) else tokenizer.embed_id
+    return load_hugging_face(folder, model, mesh, new)
+
+
 def is_run(init_from: str) -> bool:
     """Whether init_from is a run of ours, not a Hugging Face folder or nothing."""
     return bool(init_from) and (pathlib.Path(init_from) / "checkpoints").is_dir()
 
 
+def is_trained(init_from: str) -> bool:
+    """Whether init_from is a run of ours that went through a stage, and was not only imported."""
+    return is_run(init_from) and trained_stage(pathlib.Path(init_from)) != IMPORTED
+
+
 def start_name(config: ConfigDict, plan: list[str]) -> str:
     """What to call the weights a run begins with, beside the stages of its plan."""
-    if not is_run(config.init_from):
+    if not is_trained(config.init_from):
         return "untrained"
     stage = trained_stage(pathlib.Path(config.init_from))
     return "start" if stage in plan else stage
@@ -344,8 +377,9 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset,
         return tokenizers.load(kept)
     source = config.tokenizer.path or config.init_from
     if source:
-        inside = pathlib.Path(source) / "tokenizer"  # a run of ours keeps it there
-        tokenizer = tokenizers.load(inside if inside.is_dir() else source)
+        folder = pathlib.Path(source) if config.tokenizer.path else local_folder(source)
+        inside = folder / "tokenizer"  # a run of ours keeps it there
+        tokenizer = tokenizers.load(inside if inside.is_dir() else folder)
     else:
         rows = [dataset.query_row[q] for q in dataset.positives(config.data.train_split)]
         texts = [dataset.query_texts[r] for r in rows] + dataset.doc_texts
@@ -357,7 +391,8 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset,
     return tokenizer
 
 
-def _model_config(config: ConfigDict, tokenizer) -> ModelConfig:
+def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
+    """The model's sizes and numerics; UserError if the tokenizer has more ids than the model has rows."""
     model = ModelConfig(**config.model)
     if tokenizer.size > model.vocab:
         raise UserError(f"config.model.vocab={model.vocab} must be at least the tokenizer's {tokenizer.size} ids.")

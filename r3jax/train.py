@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     parsed = run_config.parse(argv, "r3jax.train")
     config, workdir = parsed.config, parsed.workdir
     quiet_libraries()
+    assembly.adopt_sizes(config)
     run_config.validate(config)
     plan = stages_of(config)
     resuming = assembly.claim(workdir, config)
@@ -109,9 +110,9 @@ def main(argv: list[str]) -> None:
 
 
 def stages_of(config) -> list[str]:
-    """The stages to run: those with steps; a config of both starts at the second when init_from is a run."""
+    """The stages to run: those with steps; a config of both starts at the second when init_from is a trained run."""
     plan = [name for name in ("sft", "rl") if name in config and config[name].steps]
-    if "rl" in plan and assembly.is_run(config.init_from):
+    if "rl" in plan and assembly.is_trained(config.init_from):
         plan = ["rl"]
     if not plan:
         fields = " and ".join(f"config.{name}.steps" for name in ("sft", "rl") if name in config)

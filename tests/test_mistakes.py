@@ -25,6 +25,14 @@ def shared(tmp_path_factory):
     fixtures.write_dataset(folder / "data")
     (folder / "file").write_text("not a folder")
     (folder / "empty").mkdir()
+    for name, files in {
+        "pickled": {"pytorch_model.bin": "a pickle", "config.json": "{}"},
+        "sliding": {"model.safetensors": "", "config.json": '{"model_type": "qwen2", "use_sliding_window": true}'},
+        "sizeless": {"model.safetensors": "", "tokenizer.json": "{}"},
+    }.items():
+        (folder / name).mkdir()
+        for file, text in files.items():
+            (folder / name / file).write_text(text)
     return folder
 
 
@@ -70,6 +78,13 @@ TRAIN = [
     (["--config.data.cache=FOLDER/file"], "data cache FOLDER/file cannot be written"),
     (["--config.init_from=nowhere"], "config.init_from names 'nowhere', which does not exist; give"),
     (["--config.init_from=FOLDER/empty"], "which holds neither checkpoints/ (a run) nor *.safetensors"),
+    (["--config.init_from=FOLDER/pickled"], "which holds neither checkpoints/ (a run) nor *.safetensors"),
+    (["--config.init_from=FOLDER/sliding"], 'a sliding window ("use_sliding_window") is not implemented; give'),
+    (["--config.init_from=FOLDER/sizeless"], "FOLDER/sizeless holds no config.json; give a folder with a Qwen-2.5"),
+    (
+        ["--config.init_from=runs/nowhere"],
+        "config.init_from names 'runs/nowhere', which is no folder here and cannot be had from the Hugging Face hub",
+    ),
     (
         ["--config.tokenizer.path=FOLDER/empty"],
         "config.tokenizer.path names 'FOLDER/empty', which is not a folder",
@@ -138,6 +153,7 @@ TRAIN = [
 
 @pytest.mark.parametrize("more, sentence", TRAIN, ids=lambda x: x[-1][-40:] if isinstance(x, list) else "")
 def test_training_refuses(shared, tmp_path, monkeypatch, capsys, more, sentence):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     more = [word.replace("FOLDER", str(shared)) for word in more]
     argv = [*fixtures.flags(shared), f"--workdir={tmp_path / 'run'}", *more]
     assert sentence.replace("FOLDER", str(shared)) in complaint(train.main, argv, monkeypatch, capsys)

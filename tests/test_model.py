@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from r3jax.model import params as model_params
+from r3jax.model.hugging_face import from_hugging_face
 from r3jax.model.qwen2 import (
     Block,
     Decoder,
@@ -36,7 +36,7 @@ run = jax.jit(hidden_states, static_argnames="config")
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 def test_equals_transformers(config):
     model = reference(config)
-    params = model_params.from_hugging_face(state_dict(model), config)
+    params = from_hugging_face(state_dict(model), config)
     tokens, lengths = padded(np.random.default_rng(0), [9, 4, 1], 9, config.vocab)
     hidden = run(params, config, tokens, lengths)
     mask = np.arange(9) < lengths[:, None]

@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from r3jax.model import params as model_params
+from r3jax.model.hugging_face import from_hugging_face
 from r3jax.model.qwen2 import hidden_states, logits
 from r3jax.model.sampler import sample
 from tests.tiny_model import padded, reference, sizes, state_dict, weights
@@ -121,7 +121,7 @@ def test_the_same_key_gives_the_same_text_whatever_the_batch(params):
 def test_greedy_equals_transformers():
     config = sizes(heads=14, tied=False)
     model = reference(config, seed=2)
-    params = model_params.from_hugging_face(state_dict(model), config)
+    params = from_hugging_face(state_dict(model), config)
     prompts, lengths = padded(np.random.default_rng(1), [7, 2, 5], WIDTH, config.vocab)
     steps = 12
     done = jax.device_get(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from r3jax.errors import UserError
+from r3jax.model.hub import is_hub_id
 from r3jax.model.qwen2 import REMAT
 from r3jax.rl.algorithms import ADVANTAGES, KLS, NORMALISERS, RATIOS
 from r3jax.rl.rewards import REWARDS
@@ -50,6 +51,11 @@ def _has_split(path: str, split: str) -> bool:
     return bool(split) and (pathlib.Path(path) / "qrels" / f"{split}.tsv").is_file()
 
 
+def _is_here(name: str) -> bool:
+    """Whether it can be looked into now: a name on the hub only when it was fetched."""
+    return pathlib.Path(name).is_dir() or not is_hub_id(name)
+
+
 def _has_weights(path: str) -> bool:
     folder = pathlib.Path(path)
     return (folder / "checkpoints").is_dir() or any(folder.glob("*.safetensors"))
@@ -70,17 +76,17 @@ RULES: list[Rule] = [
     ),
     Rule(
         ("init_from",),
-        lambda v: not v or pathlib.Path(v).is_dir(),
+        lambda v: not v or pathlib.Path(v).is_dir() or is_hub_id(v),
         "names {0!r}, which does not exist; give the folder of a run or of a Hugging Face checkpoint",
     ),
     Rule(
         ("init_from",),
-        lambda v: not v or _has_weights(v),
+        lambda v: not v or not _is_here(v) or _has_weights(v),
         "names {0!r}, which holds neither checkpoints/ (a run) nor *.safetensors (a Hugging Face checkpoint)",
     ),
     Rule(
         ("init_from", "tokenizer.path"),
-        lambda v, own: not v or own or _has_tokenizer(v),
+        lambda v, own: not v or own or not _is_here(v) or _has_tokenizer(v),
         "names {0!r}, which holds no tokenizer.json; set config.tokenizer.path to a folder that does",
     ),
     # data
@@ -142,8 +148,8 @@ RULES: list[Rule] = [
         "({0}) must be a multiple of model.kv_heads ({1})",
     ),
     Rule(
-        ("model.vocab", "tokenizer.vocab_size"),
-        lambda rows, tokens: rows >= tokens,
+        ("model.vocab", "tokenizer.vocab_size", "tokenizer.path", "init_from"),
+        lambda rows, tokens, *given: any(given) or rows >= tokens,  # one that is given has its own size
         "({0} rows) must be at least tokenizer.vocab_size ({1})",
     ),
     *one_of("model.compute_dtype", "float32", "bfloat16"),

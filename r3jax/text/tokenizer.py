@@ -68,6 +68,11 @@ class Tokenizer:
         """Text of ids; special tokens are left out unless keep_special."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
 
+    @property
+    def lowercase(self) -> bool:
+        """Whether texts are read in lower case."""
+        return self.encode("A") == self.encode("a")
+
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes folder/tokenizer.json (the Hugging Face format), replacing it in one step."""
         folder = pathlib.Path(folder)

@@ -1,0 +1,153 @@
+"""Published checkpoints in, published checkpoints out.
+
+    python -m r3jax.convert import SRC DST [--config=FILE[:SIZE]] [--config.KEY=VALUE ...]
+    python -m r3jax.convert export RUN DST [--stage=sft|rl] [--shard-size=MIB]
+
+`import` makes a run of a Hugging Face folder or hub id: it can be evaluated and be the init_from of other runs.
+`export` makes a folder for transformers, sentence-transformers (direct mode) and r3jax from a run's best weights.
+DST must not exist, or be empty; it appears whole or not at all. For example:
+
+    python -m r3jax.convert import Qwen/Qwen2.5-0.5B-Instruct runs/qwen-0.5b
+    python -m r3jax.convert export runs/rl-tiny published/rl-tiny
+"""
+
+import contextlib
+import json
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from r3jax import assembly, export
+from r3jax.errors import UserError
+from r3jax.model.hub import local_folder
+from r3jax.results import table
+from r3jax.run import config as run_config
+from r3jax.run.checkpoint import Checkpointer
+from r3jax.run.config import run_main
+from r3jax.run.log import quiet_libraries
+from r3jax.text import settings, tokenizer
+from r3jax.text.prompts import ChatFormat, Prompts
+
+ENTRY = "r3jax.convert"
+BASE = "configs/base.py:qwen2_5_0_5b"  # for all but the sizes
+MIB = 2**20
+EXPORT_FLAGS = {
+    "stage": "sft or rl; default: the run's last",
+    "shard-size": "MiB of a safetensors file at most; default: 4096",
+}
+
+
+def main(argv: list[str]) -> None:
+    if "--help" in argv or "-h" in argv:
+        print(__doc__.strip())
+        sys.exit(0)
+    commands = {"import": import_, "export": export_}
+    if len(argv) < 3 or argv[0] not in commands or any(word.startswith("--") for word in argv[:3]):
+        raise UserError(f"give import SRC DST or export RUN DST, then flags; see python -m {ENTRY} --help.")
+    command, source, target = argv[:3]
+    quiet_libraries()
+    commands[command](source, pathlib.Path(target), argv[3:])
+
+
+def import_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
+    """Makes a run's folder of a published checkpoint, with its weights as they are (in model.param_dtype)."""
+    parsed = run_config.parse([f"--config={BASE}", *argv], ENTRY)
+    config = parsed.config
+    check_target(target)
+    folder = local_folder(source, "SRC")
+    if assembly.is_run(source):
+        raise UserError(f"SRC names {source!r}, which is a run already; give a Hugging Face folder or a hub id.")
+    begin = time.time()
+    config.init_from, config.name = source, target.name
+    if known := settings.read(folder):
+        config.prompts.update(vars(known.prompts))
+        config.data.update({name: value for name, value in vars(known).items() if name != "prompts"})
+    assembly.adopt_sizes(config)
+    checked = ("init_from", "from_scratch", "tokenizer", "model", "mesh", "evaluate")
+    run_config.validate(ConfigDict({name: config[name] for name in checked}))
+    jax.config.update("jax_compilation_cache_dir", config.xla_cache)
+    mesh = assembly.mesh(config)
+    with jax.set_mesh(mesh), new_folder(target) as part:
+        words = tokenizer.load(config.tokenizer.path or folder)
+        params = assembly.load_published(folder, assembly.model_config(config, words), mesh, words)
+        words.save(part / "tokenizer")
+        run_config.save(config, part / run_config.SAVED_NAME)
+        checkpointer = Checkpointer(part / "checkpoints" / assembly.IMPORTED, keep_last=1)
+        checkpointer.save(0, {"train": {"params": params}}, meta={"data": None})
+        checkpointer.close()
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{target}: {count:,} parameters of {source} in {time.time() - begin:.0f} s")
+
+
+def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
+    """Makes a Hugging Face folder of a run's best weights (by validation)."""
+    parsed = run_config.parse([f"--workdir={source}", *argv], ENTRY, EXPORT_FLAGS, config_required=False)
+    config, run, flags = parsed.config, parsed.workdir, parsed.flags
+    if flags["stage"] not in (None, "sft", "rl"):
+        raise UserError(f"--stage must be sft or rl, not {flags['stage']!r}.")
+    size = flags["shard-size"] or "4096"
+    if not size.isdecimal() or not int(size):
+        raise UserError(f"--shard-size must be a whole number of MiB above 0, not {size!r}.")
+    if not {"data", "model", "mesh", "prompts"} <= set(config):
+        raise UserError(f"{run} is not the folder of a run; name one that train.py or import made.")
+    run_config.validate(ConfigDict({name: config[name] for name in ("model", "mesh")}))
+    check_target(target)
+    stage = flags["stage"] or assembly.trained_stage(run)
+    words = tokenizer.load(run / "tokenizer")
+    model = assembly.model_config(config, words)
+    prompts, d = Prompts(**config.prompts), config.data
+    what = export.Exported(
+        name=config.name,
+        model=model,
+        chat=ChatFormat(words, prompts),
+        settings=settings.Settings(prompts, d.max_query_tokens, d.max_doc_tokens, d.max_thought_tokens),
+        evaluation=evaluation(run),
+    )
+    jax.config.update("jax_compilation_cache_dir", config.xla_cache)
+    mesh = assembly.mesh(config)
+    with jax.set_mesh(mesh):
+        params = assembly.load_params(run, model, mesh, stage)
+        with new_folder(target) as part:
+            export.fill(part, params, what, int(size) * MIB)
+    print(f"{target}: the {stage} weights of {run}")
+
+
+def evaluation(run: pathlib.Path) -> str:
+    """The run's results as markdown tables; "" if it was not evaluated."""
+    path = run / "results.json"
+    if not path.is_file():
+        return ""
+    try:
+        return table.markdown(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as e:
+        raise UserError(f"{path} is malformed ({e}); evaluate the run again or remove it.") from None
+
+
+def check_target(target: pathlib.Path) -> None:
+    """Raises UserError for a DST with something in it."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"DST names {target}, where something is already; name another folder or remove that one.")
+
+
+@contextlib.contextmanager
+def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill beside `target`, which takes its name once all is written; nothing stays after a failure."""
+    part = target.absolute().with_name(f".{target.absolute().name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
+        part.mkdir(parents=True)
+        yield part
+        part.replace(target)
+    except OSError as e:
+        raise UserError(f"DST: cannot write to {target}: {e.strerror or e}; name another folder.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
