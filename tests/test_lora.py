@@ -171,6 +171,15 @@ def test_merging_keeps_the_stored_dtype_and_sums_in_fp32():
     np.testing.assert_allclose(np.asarray(merged["layers/mlp/up/kernel"], np.float64), exact, rtol=2**-8, atol=1e-6)
 
 
+def test_a_frozen_base_in_the_compute_dtype_loses_nothing(rows):
+    """What `assembly` stores: every use of a weight casts it to the compute dtype, so it may lie in it."""
+    config = adapted(compute_dtype="bfloat16", tied=False)
+    base, adapter = weights(config), trained(config)
+    cast = jax.tree.map(lambda w: w.astype("bfloat16"), base)
+    both = (forward(lora.join(b, adapter), *rows, config=config) for b in (base, cast))
+    jax.tree.map(np.testing.assert_array_equal, *both)
+
+
 def test_weights_without_an_adapter_merge_to_themselves():
     config = adapted()
     jax.tree.map(np.testing.assert_array_equal, lora.merge(weights(config), config), weights(config))
