@@ -79,6 +79,15 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 # On two cores recomputing a layer is quicker than writing its activations to memory.
                 "remat": "full",
             },
+            # Low-rank adapters (r3jax/model/lora.py); rank 0 trains all weights. The base is frozen and stored once, in
+            # compute_dtype (each use casts it to that, so nothing is lost), and the KL terms' reference is the adapter
+            # switched off. A learning rate some ten times that of all weights suits it. dropout: in stage 1 only.
+            "lora": {
+                "rank": 0,
+                "alpha": 32.0,
+                "dropout": 0.0,
+                "targets": ("q", "k", "v", "o", "gate", "up", "down"),
+            },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "checkpoint": {"every": 50, "keep": 2},
             "log": {"every": 5, "samples_every": 20},
@@ -87,6 +96,9 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "every": 350 if tiny else 100,
                 "batch_size": 256 if tiny else 32,
                 "thoughts": 0,
+                # Training stops when KL(base || model) on ordinary chats is above so many nats per token; 0: no bound.
+                # Measured with every validation where this, a KL term or LoRA says that the base's ability matters.
+                "max_ability_kl": 0.0,
             },
         }
     )

@@ -8,14 +8,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from r3jax.data import beir, store, thoughts
+from r3jax.data import beir, chats, store, thoughts
 from r3jax.errors import UserError
+from r3jax.model import lora
 from r3jax.model import params as model_params
 from r3jax.model.encoder import encode_rows
 from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face import load_hugging_face
 from r3jax.model.hugging_face_config import read_config
-from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.qwen2 import Lora, ModelConfig
 from r3jax.model.sharding import batch_parts, make_mesh
 from r3jax.results.conditions import Reader
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
@@ -23,6 +24,7 @@ from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.search.index import VersionedIndex
 from r3jax.stages import rl, sft
+from r3jax.stages.ability import Ability
 from r3jax.stages.mining import bm25_neighbours
 from r3jax.stages.state import Stage, TrainState, abstract_state, new_state, optimiser
 from r3jax.text import tokenizer as tokenizers
@@ -31,7 +33,7 @@ from r3jax.text.prompts import ChatFormat, Prompts
 BEST_KEY = "ndcg@10/reasoning"  # on the validation split
 IMPORTED = "imported"  # the stage of a published checkpoint that `r3jax.convert import` made a run of
 # What may differ between the command that began a run and the one that goes on with it.
-FREE = ("name", "log.", "checkpoint.", "xla_cache", "data.cache")
+FREE = ("name", "log.", "checkpoint.", "xla_cache", "data.cache", "evaluate.max_ability_kl")
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
@@ -149,6 +151,15 @@ class Parts:
             batch_size=c.evaluate.batch_size,
         )
 
+    @functools.cached_property
+    def ability(self) -> Ability | None:
+        """The general-ability check; None where no KL term, no adapter and no bound asks for it."""
+        c = self.config
+        held = [c[stage].kl_weight for stage in ("sft", "rl") if stage in c]
+        if not (self.model.lora or any(held) or c.evaluate.max_ability_kl):
+            return None
+        return Ability(chats.CHATS, self.chat, self.model, self.mesh, self.workdir / "ability" / "base.npy")
+
     @property
     def lengths(self) -> sft.Lengths:
         d = self.config.data
@@ -165,8 +176,27 @@ class Parts:
             return model_params.init(self.model, self.mesh, self.config.seed, self.chat.tokenizer.embed_id)
         folder = local_folder(source)
         if is_run(source):
-            return load_params(folder, self.model, self.mesh, trained_stage(folder))
+            return self._of_run(folder)
         return load_published(folder, self.model, self.mesh, self.chat.tokenizer)
+
+    def _of_run(self, run: pathlib.Path):
+        """The best weights of a run's last stage; its adapter goes on if ours is alike, and is merged if we have none.
+
+        Raises UserError for an adapter unlike ours.
+        """
+        theirs = model_config(run_config.load_saved(run / run_config.SAVED_NAME), self.chat.tokenizer)
+        theirs = dataclasses.replace(self.model, param_dtype=theirs.param_dtype, lora=theirs.lora)
+        base, adapter = lora.split(load_params(run, theirs, self.mesh, trained_stage(run)))
+        base = jax.tree.map(lambda w: w.astype(self.model.param_dtype), base)
+        if adapter and self.model.lora is None:
+            return lora.merge(lora.join(base, adapter), theirs)
+        if adapter and not lora.alike(theirs.lora, self.model.lora):
+            raise UserError(
+                f"config.init_from: {run} was trained with config.lora.rank={theirs.lora.rank}, "
+                f"alpha={theirs.lora.alpha:g} and targets={','.join(theirs.lora.targets)}; set the same, "
+                "or rank=0 to merge that adapter and train all weights."
+            )
+        return lora.join(base, adapter)
 
 
 def parts(
@@ -220,10 +250,29 @@ def load_params(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, 
     step = checkpointer.best() or checkpointer.latest()
     if step is None:
         raise UserError(f"{run} holds no checkpoint of {stage}; train it first or name another run.")
-    target = {"params": model_params.abstract(model, mesh)}
+    target = {"params": (lora if model.lora else model_params).abstract(model, mesh)}
     state, _ = checkpointer.restore(step, {"train": target}, partial=True)
     checkpointer.close()
-    return state["train"]["params"]
+    trained = state["train"]["params"]
+    return lora.join(_load_base(run, model, mesh), trained) if model.lora else trained
+
+
+def keep_start(p: Parts, start) -> None:
+    """Keeps in the run's folder what it needs of the weights it began with: an adapter's base, the base's chats."""
+    base, _ = lora.split(start)
+    if p.model.lora:
+        checkpointer = Checkpointer(p.workdir / "checkpoints" / "base", keep_last=1)
+        checkpointer.save(0, {"params": base}, meta={})
+        checkpointer.close()
+    if p.ability:
+        p.ability.remember(base)
+
+
+def _load_base(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh):
+    checkpointer = Checkpointer(run / "checkpoints" / "base", keep_last=1, read_only=True)
+    state, _ = checkpointer.restore(0, {"params": model_params.abstract(model, mesh)})
+    checkpointer.close()
+    return state["params"]
 
 
 def load_published(folder: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, tokenizer):
@@ -256,15 +305,35 @@ def make_stage(name: str, p: Parts, start) -> Stage:
 
 
 def first_state(name: str, p: Parts, start) -> TrainState:
-    """A stage's TrainState at step 0."""
+    """A stage's TrainState at step 0; under LoRA on the adapter that `start` holds, or a new one.
+
+    So stage 2 goes on with stage 1's adapter, and the reference stays the adapter off. An adapter's state takes the
+    base in `start` over.
+    """
     tx, keep = _optimiser(name, p.config)
-    return new_state(start, tx, p.mesh, keep)
+    if p.model.lora is None:
+        return new_state(start, tx, p.mesh, keep)
+    base, adapter = lora.split(start)
+    adapter = adapter or lora.init(base, p.model, p.mesh, p.config.seed)
+    return new_state(adapter, tx, p.mesh, False, base)
 
 
 def abstract_stage_state(name: str, p: Parts) -> TrainState:
-    """Shapes and shardings of a stage's TrainState, to restore one into."""
+    """Shapes and shardings of what a checkpoint holds of a stage's TrainState (see `to_keep`)."""
     tx, keep = _optimiser(name, p.config)
-    return abstract_state(model_params.abstract(p.model, p.mesh), tx, p.mesh, keep)
+    if p.model.lora is None:
+        return abstract_state(model_params.abstract(p.model, p.mesh), tx, p.mesh, keep)
+    return abstract_state(lora.abstract(p.model, p.mesh), tx, p.mesh, False)
+
+
+def to_keep(state: TrainState, p: Parts) -> TrainState:
+    """What a checkpoint holds of a state: not an adapter's base, which lies in the run's folder once."""
+    return state.replace(reference=None) if p.model.lora else state
+
+
+def restored(state: TrainState, p: Parts) -> TrainState:
+    """The inverse of `to_keep`."""
+    return state.replace(reference=_load_base(p.workdir, p.model, p.mesh)) if p.model.lora else state
 
 
 def _optimiser(name: str, config: ConfigDict):
@@ -394,6 +463,11 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset,
 def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
     """The model's sizes and numerics; UserError if the tokenizer has more ids than the model has rows."""
     model = ModelConfig(**config.model)
+    found = config.get("lora")  # runs from before there were adapters have none
+    if found and found.rank:
+        adapter = Lora(found.rank, float(found.alpha), found.dropout, tuple(found.targets), tokenizer.embed_id)
+        # Every use of a weight casts it to compute_dtype, so a base that is never changed loses nothing by it.
+        model = dataclasses.replace(model, lora=adapter, param_dtype=model.compute_dtype)
     if tokenizer.size > model.vocab:
         raise UserError(f"config.model.vocab={model.vocab} must be at least the tokenizer's {tokenizer.size} ids.")
     return model

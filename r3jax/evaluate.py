@@ -37,7 +37,9 @@ def main(argv: list[str]) -> None:
     if not {"data", "model", "mesh", "evaluate"} <= set(config):
         raise UserError(f"--workdir: {workdir} is not the folder of a run; name one that train.py made.")
     # The rest of the config concerns training: its data set and init_from need not be there any more.
-    run_config.validate(ConfigDict({name: config[name] for name in ("model", "mesh", "evaluate")}))
+    run_config.validate(
+        ConfigDict({name: config[name] for name in ("model", "lora", "mesh", "evaluate") if name in config})
+    )
     stage = flags["stage"] or assembly.trained_stage(workdir)
     splits = tuple((flags["split"] or ",".join(config.data.eval_splits)).split(","))
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)

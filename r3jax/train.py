@@ -62,18 +62,21 @@ def main(argv: list[str]) -> None:
                 stage = assembly.make_stage(name, parts, None)
                 target = {"train": assembly.abstract_stage_state(name, parts), "host": stage.host_state()}
                 restored, meta = checkpointers[name].restore(None, target)
-                state = restored["train"]
+                state = assembly.restored(restored["train"], parts)
                 stage.resume(restored["host"], meta["data"])
                 if meta["dataset"] != parts.dataset.fingerprint:
                     raise UserError(
                         f"config.data.path: {config.data.path} has changed since this run began; "
                         "put the old files back or name another --workdir."
                     )
+                check_ability(meta.get("ability_kl"), name, int(state.step), parts)
                 clock["before"] = meta["seconds"]
                 log = RunLog(workdir, resume_offset=meta["log"])
                 log.say(f"stage {name}: going on from step {int(state.step)} of {stage.steps}")
             else:
                 start = assembly.load_params(workdir, parts.model, mesh, plan[i - 1]) if i else parts.initial_params()
+                if not i:
+                    assembly.keep_start(parts, start)
                 stage, state = (
                     assembly.make_stage(name, parts, start),
                     assembly.first_state(name, parts, start),
@@ -90,14 +93,22 @@ def main(argv: list[str]) -> None:
         log.say("evaluating every stage's best weights (by validation) on the held-out splits")
         begin = time.time()
         start = assembly.start_name(config, plan)
-        models = (
-            (name, assembly.load_params(workdir, parts.model, mesh, name) if name in plan else parts.initial_params())
-            for name in (start, *plan)
-        )
-        outcome = compare(parts.dataset, config.data.eval_splits, models, parts.reader, parts.encode_corpus, workdir)
+        ability: dict[str, float] = {}
+
+        def models():
+            for name in (start, *plan):
+                trained = name in plan
+                params = assembly.load_params(workdir, parts.model, mesh, name) if trained else parts.initial_params()
+                if parts.ability:
+                    ability[name] = parts.ability.kl(params)
+                yield name, params
+
+        outcome = compare(parts.dataset, config.data.eval_splits, models(), parts.reader, parts.encode_corpus, workdir)
     results = {"name": config.name, "seed": config.seed, "device": jax.devices()[0].device_kind} | outcome
     if "rl" in plan:
         results["refresh"] = refresh_figures(workdir / "metrics.jsonl", config.index.policy)
+    if ability:
+        results["ability_kl"] = ability  # KL(base || model) on ordinary chats, nats per token
     results["stage_seconds"] = stage_seconds(workdir) | {"evaluate": time.time() - begin}
     results["seconds"] = clock["before"] + time.time() - clock["start"]
     results["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -164,21 +175,39 @@ def run_stage(
             waiting = (step, numbers, metrics)
             if saving:
                 report(log, progress, stage, config, *waiting)
-                waiting, scores = None, None
+                waiting, scores, ability = None, None, None
                 if measuring:
-                    scores = validate(state.params, parts)
+                    scores = validate(state.weights, parts)
                     log.write(stage.name, step, {f"eval/{name}": value for name, value in scores.items()})
                     progress.update(step, {"validation " + BEST_KEY: scores[BEST_KEY]})
+                    ability = scores.get("ability_kl")
+                crossed = ability is not None and 0 < config.evaluate.max_ability_kl < ability
                 meta = {
                     "data": stage.stream_state(),
                     "dataset": parts.dataset.fingerprint,
                     "log": log.offset,
                     "seconds": clock["before"] + time.time() - clock["start"],
+                    "ability_kl": ability,
                 }
-                host = stage.host_state()
-                checkpointer.save(step, {"train": state, "host": host}, meta=meta, metrics=scores)
+                kept = {"train": assembly.to_keep(state, parts), "host": stage.host_state()}
+                # Without its scores a step that forgot too much is never taken for the best.
+                checkpointer.save(step, kept, meta=meta, metrics=None if crossed else scores)
+                if crossed:
+                    checkpointer.wait()
+                    check_ability(ability, stage.name, step, parts)
                 mark = time.perf_counter()
     checkpointer.wait()
+
+
+def check_ability(kl: float | None, stage: str, step: int, parts: Parts) -> None:
+    """Raises UserError where the model has moved further from its base than the config allows."""
+    bound = parts.config.evaluate.max_ability_kl
+    if kl is not None and 0 < bound < kl:
+        raise UserError(
+            f"config.evaluate.max_ability_kl={bound:g} was crossed at step {step} of {stage}: the KL to the base on "
+            f"ordinary chats is {kl:.3g} nats per token; training stopped, its checkpoints are kept; raise the bound "
+            "to go on, or begin anew with a larger kl_weight."
+        )
 
 
 def report(log: RunLog, progress, stage: Stage, config, step: int, numbers: dict, metrics: dict) -> None:
@@ -204,11 +233,13 @@ def report(log: RunLog, progress, stage: Stage, config, step: int, numbers: dict
 
 
 def validate(params, parts: Parts) -> dict[str, float]:
-    """nDCG@10 on the validation split, without and with reasoning."""
+    """nDCG@10 on the validation split, without and with reasoning, and the general-ability check."""
     index = VersionedIndex.build(parts.encode_corpus(params), 0, "exact")
     split = parts.config.data.validation_split
     found = evaluate(parts.reader, params, parts.dataset, split, index, ("direct", "reasoning"))
     scores = {f"ndcg@10/{name}": float(m.summary["ndcg@10"]) for name, m in found.items()}
+    if parts.ability:
+        scores["ability_kl"] = parts.ability.kl(params)
     return scores | {
         "thought_tokens": found["reasoning"].summary["thought_tokens"],
         "token_rate": found["reasoning"].summary["token_rate"],

@@ -139,6 +139,15 @@ TRAIN = [
     (["--config.model.remat=some"], "config.model.remat must be one of none, dots, full, not 'some'"),
     (["--config.model.compute_dtype=fp32"], "config.model.compute_dtype must be one of float32, bfloat16"),
     (["--config.data.on_error=ignore"], "config.data.on_error must be one of strict, skip, not 'ignore'"),
+    # adapters
+    (["--config.lora.rank=-1"], "config.lora.rank must be at least 0, not -1"),
+    (["--config.lora.alpha=0"], "config.lora.alpha must be above 0, not 0.0"),
+    (["--config.lora.dropout=1"], "config.lora.dropout must be at least 0 and below 1, not 1.0"),
+    (["--config.lora.targets=q,w"], "config.lora.targets must name each of q, k, v, o, gate, up, down at most once"),
+    (["--config.lora.targets=q,q"], "at most once, and nothing else, not ('q', 'q')"),
+    (["--config.lora.targets=", "--config.lora.rank=8"], "config.lora.targets is empty, but lora.rank is 8"),
+    (["--config.lora.rank=8"], "config.lora.rank is 8, but config.init_from is empty; an adapter needs a base"),
+    (["--config.evaluate.max_ability_kl=-1"], "config.evaluate.max_ability_kl must be at least 0, not -1.0"),
     # values
     (["--config.rl.top_p=0.9"], "config.rl.top_p must be 1, for truncated sampling biases the policy ratio"),
     (["--config.rl.temperature=0"], "config.rl.temperature must be above 0"),

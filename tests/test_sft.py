@@ -51,7 +51,7 @@ def run(parts, steps: int):
 # The loss, with a decoder of one line: hidden = tanh(embedding + position).
 
 
-def fake_hidden(params, model, tokens, lengths):
+def fake_hidden(params, model, tokens, lengths, dropout=None):
     return jnp.tanh(params["embed"]["table"][tokens] + params["position"][: tokens.shape[1]])
 
 

@@ -70,6 +70,21 @@ def test_results_hold_cost_and_refresh(finished):
     assert 0 <= refresh["mean_abs_reward_error"] <= refresh["max_abs_reward_error"]
 
 
+def test_the_kl_to_the_base_is_reported_for_both_stages(finished):
+    """The base is the run's start in both, though stage 2's own reference is the end of stage 1."""
+    folder, results, said = finished
+    kl = results["ability_kl"]
+    assert kl["untrained"] == 0 and kl["sft"] > 1e-3 and kl["rl"] > 1e-3
+    for stage in ("sft", "rl"):
+        measured = [
+            r["eval/ability_kl"]
+            for r in lines(folder / "metrics.jsonl")
+            if r["stage"] == stage and r.get("eval/ability_kl") is not None
+        ]
+        assert min(abs(value - kl[stage]) for value in measured) < 1e-4 * kl[stage]  # the best step's
+    assert f"KL to the base on ordinary chats, nats per token: untrained 0.0000, sft {kl['sft']:.4f}" in said
+
+
 def test_what_a_run_leaves_on_disk(finished):
     folder, _, said = finished
     rows = lines(folder / "metrics.jsonl")

@@ -7,6 +7,7 @@ P prompt length, G samples per prompt, T new tokens.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,21 @@ REMAT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter (Hu et al., arXiv 2106.09685): y = x W + (alpha / rank) x A B. See `r3jax.model.lora`."""
+
+    rank: int
+    alpha: float
+    dropout: float  # on x, in training only
+    targets: tuple[str, ...]  # of q, k, v, o, gate, up, down
+    token: int  # whose rows of the tables are trained too: the embed token, which the base has not learnt
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and numerics; hashable, so jit sees it as static. Fields follow Qwen-2.5's config.json."""
 
@@ -43,6 +59,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    lora: Lora | None = None
 
     @property
     def queries_per_kv(self) -> int:
@@ -98,6 +115,7 @@ class Linear(nn.Module):
     """A projection [B, L, *inputs] -> [B, L, *outputs] with a sharded weight, gathered over fsdp for use.
 
     It multiplies plain matrices: on CPU the gradient of an einsum over [B, L, ...] takes three times as long.
+    Where the weights hold an adapter (lora_a, lora_b beside the kernel) it is on: to switch it off, leave it out.
     """
 
     inputs: tuple[int, ...]
@@ -117,12 +135,25 @@ class Linear(nn.Module):
         kernel = jnp.reshape(kernel, (left, right), out_sharding=out(P(row, column)))
         flat = jnp.reshape(x, (-1, left), out_sharding=out(P(BATCH, row)))
         y = jnp.einsum("nd,df->nf", flat, kernel, out_sharding=out(P(BATCH, column)))
+        if self.has_variable("params", "lora_a"):
+            y = y + self._adapted(flat, row, column)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs, c.param_dtype)
             bias = place(bias.astype(c.compute_dtype), P(*axes[len(self.inputs) :]))
             y = y + jnp.reshape(bias, (right,), out_sharding=out(P(column)))
         spec = P(BATCH, None, *axes[len(self.inputs) :])
         return jnp.reshape(y, (*x.shape[:2], *self.outputs), out_sharding=out(spec))
+
+    def _adapted(self, flat, row, column):
+        """(alpha / rank) x A B [n, outputs]; A is split as the kernel's inputs are, B as its outputs."""
+        c, adapter = self.config, self.config.lora
+        a, b = (self.get_variable("params", name).astype(c.compute_dtype) for name in ("lora_a", "lora_b"))
+        if adapter.dropout and self.has_rng("dropout"):
+            draw = jax.random.uniform(self.make_rng("dropout"), flat.shape, out_sharding=out(P(BATCH, row)))
+            flat = jnp.where(draw < adapter.dropout, 0, flat / (1 - adapter.dropout)).astype(flat.dtype)
+        low = jnp.einsum("nd,dr->nr", flat, place(a, P(row, None)), out_sharding=out(P(BATCH, None)))
+        b = place(b, P(None, column))
+        return adapter.scale * jnp.einsum("nr,rf->nf", low, b, out_sharding=out(P(BATCH, column)))
 
 
 class RMSNorm(nn.Module):
@@ -227,7 +258,11 @@ class Embed(nn.Module):
         c = self.config
         table = self.param("table", nn.initializers.normal(0.02), (c.vocab, c.width), c.param_dtype)
         table = place(table.astype(c.compute_dtype), used(("vocab", "embed")))
-        return table.at[tokens].get(out_sharding=out(P(BATCH, None, None)))
+        x = table.at[tokens].get(out_sharding=out(P(BATCH, None, None)))
+        if self.has_variable("params", "token_row"):
+            row = place(self.get_variable("params", "token_row").astype(c.compute_dtype), P(None))
+            x = jnp.where((tokens == c.lora.token)[..., None], row, x)
+        return x
 
 
 class Decoder(nn.Module):
@@ -253,7 +288,7 @@ class Decoder(nn.Module):
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
         )
@@ -271,11 +306,15 @@ def right_padded(lengths: Int[Array, "B"], length: int) -> tuple[jax.Array, jax.
 
 
 def hidden_states(
-    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"]
+    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], dropout: jax.Array | None = None
 ) -> Float[Array, "B L D"]:
-    """Hidden states of right-padded rows; those past a row's length mean nothing."""
+    """Hidden states of right-padded rows; those past a row's length mean nothing.
+
+    `dropout` is a random key: with one, an adapter drops inputs as its config says.
+    """
     positions, valid = right_padded(lengths, tokens.shape[1])
-    return Decoder(config).apply({"params": params}, tokens, positions, valid)[0]
+    rngs = None if dropout is None else {"dropout": dropout}
+    return Decoder(config).apply({"params": params}, tokens, positions, valid, rngs=rngs)[0]
 
 
 def unembedding(params, config: ModelConfig) -> Float[Array, "V D"]:
@@ -284,11 +323,28 @@ def unembedding(params, config: ModelConfig) -> Float[Array, "V D"]:
     return place(table.astype(config.compute_dtype), used(("vocab", "embed")))
 
 
-def logits(params, config: ModelConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Logits in fp32 of hidden states; the vocabulary stays split over `tensor`."""
+def head(params, config: ModelConfig) -> Callable[[Float[Array, "... D"]], Float[Array, "... V"]]:
+    """The function from hidden states to logits in fp32; the vocabulary stays split over `tensor`."""
     table = unembedding(params, config)
-    spec = P(BATCH, *([None] * (hidden.ndim - 2)), "tensor")
-    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32, out_sharding=out(spec))
+    # An adapter's row gives one logit: a table with the row put into it would cost a gradient of [V, D].
+    row = params["embed" if config.tied else "unembed"].get("token_row")
+
+    def of(hidden):
+        spec = P(BATCH, *([None] * (hidden.ndim - 2)))
+        dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        z = dot("...d,vd->...v", hidden, table, out_sharding=out(P(*spec, "tensor")))
+        if row is None:
+            return z
+        own = dot("...d,d->...", hidden, place(row.astype(config.compute_dtype), P(None)), out_sharding=out(spec))
+        ids = place(jnp.arange(z.shape[-1]), P("tensor"))
+        return jnp.where(ids == config.lora.token, own[..., None], z)
+
+    return of
+
+
+def logits(params, config: ModelConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Logits in fp32 of hidden states, as `head` computes them."""
+    return head(params, config)(hidden)
 
 
 def unstack(params, config: ModelConfig) -> dict:

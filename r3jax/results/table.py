@@ -123,6 +123,9 @@ def cost(results: Mapping[str, Any]) -> list[str]:
     seconds, memory = number(results.get("seconds")), number(results.get("peak_rss_bytes"))
     if seconds is not None and memory is not None:
         lines.append(f"whole run: {seconds / 60:.1f} minutes, peak memory {memory / 2**30:.2f} GiB")
+    drift = [f"{name} {value:.4f}" for name, kl in (results.get("ability_kl") or {}).items() if (value := number(kl))]
+    if drift:
+        lines.append("KL to the base on ordinary chats, nats per token: " + ", ".join(drift))
     refresh = results.get("refresh") or {}
     error = number(refresh.get("mean_abs_reward_error"))
     if error is not None:

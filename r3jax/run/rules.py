@@ -13,6 +13,7 @@ from typing import Any
 
 from r3jax.errors import UserError
 from r3jax.model.hub import is_hub_id
+from r3jax.model.lora import TARGETS
 from r3jax.model.qwen2 import REMAT
 from r3jax.rl.algorithms import ADVANTAGES, KLS, NORMALISERS, RATIOS
 from r3jax.rl.rewards import REWARDS
@@ -155,6 +156,25 @@ RULES: list[Rule] = [
     *one_of("model.compute_dtype", "float32", "bfloat16"),
     *one_of("model.param_dtype", "float32", "bfloat16"),
     *one_of("model.remat", *REMAT),
+    # adapters
+    *at_least(0, "lora.rank"),
+    *above(0, "lora.alpha"),
+    Rule(("lora.dropout",), lambda v: 0 <= v < 1, "must be at least 0 and below 1, not {0}"),
+    Rule(
+        ("lora.targets",),
+        lambda v: set(v) <= set(TARGETS) and len(set(v)) == len(v),
+        f"must name each of {', '.join(TARGETS)} at most once, and nothing else, not {{0}}",
+    ),
+    Rule(
+        ("lora.targets", "lora.rank"),
+        lambda targets, rank: not rank or len(targets) > 0,
+        "is empty, but lora.rank is {1}; name what to adapt, or set config.lora.rank=0",
+    ),
+    Rule(
+        ("lora.rank", "init_from"),
+        lambda rank, source: not rank or bool(source),
+        "is {0}, but config.init_from is empty; an adapter needs a base that has learnt something",
+    ),
     # mesh
     *[
         Rule((f,), lambda v: v == -1 or v >= 1, "must be at least 1, or -1 for all devices left, not {0}")
@@ -227,7 +247,7 @@ RULES: list[Rule] = [
     ),
     # state and what the user sees
     *at_least(1, "checkpoint.every", "checkpoint.keep", "log.every", "evaluate.batch_size"),
-    *at_least(0, "log.samples_every", "evaluate.every", "evaluate.thoughts"),
+    *at_least(0, "log.samples_every", "evaluate.every", "evaluate.thoughts", "evaluate.max_ability_kl"),
 ]
 
 

@@ -5,7 +5,8 @@ reference by a KL term, and its vectors by an optional InfoNCE over the rollouts
 reaches the embedding only through shared weights).
 
 On-policy: one optimiser step per batch of rollouts, so the sampler's own log-probabilities serve as the old
-ones and none are recomputed.
+ones and none are recomputed. An adapter's dropout is not applied here: the policy that is moved must be the one that
+sampled.
 
 Axes: B prompts, G samples per prompt, R = B G rollouts, T new tokens, P prompt length, D width.
 """
@@ -24,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from r3jax.data.stream import stream
 from r3jax.losses import info_nce
 from r3jax.model.encoder import bucket_of, encode_rows, normalise, pad, pool_last
+from r3jax.model.lora import join
 from r3jax.model.qwen2 import ModelConfig, hidden_states
 from r3jax.model.sampler import sample
 from r3jax.model.sharding import BATCH, out, place, put_batch
@@ -113,16 +115,17 @@ class RL:
         prompt_rows = self.chat.reasoning_prompts(texts, self.lengths.query)
         width = bucket_of(self.chat.reasoning_extra + self.lengths.query)
         prompts, prompt_lengths = pad(prompt_rows, width)
-        done = jax.device_get(self._sample(state.params, prompts, prompt_lengths, batch["query"], step))
+        weights = state.weights
+        done = jax.device_get(self._sample(weights, prompts, prompt_lengths, batch["query"], step))
         clock.lap("rollout")
         rollouts = self._rollouts(done, batch["known"])
 
         def encode(rows):
-            return self._encode(state.params, rows)
+            return self._encode(weights, rows)
 
         rewards, stats = self.environment.score(rollouts, encode, step)
         if self.probe_every and step % self.probe_every == 0:
-            vectors = self._encode(state.params, np.arange(len(self.documents)))
+            vectors = self._encode(weights, np.arange(len(self.documents)))
             exact = self.environment.exact_rewards(rollouts, vectors)
             stats["probe/reward_error"] = float(np.abs(exact - rewards).mean())
         grouped = rewards.reshape(-1, self.group).astype(np.float32)
@@ -316,7 +319,10 @@ def loss(result, batch, *, policy: PolicyConfig):
 
 def update(state: TrainState, batch, *, model: ModelConfig, tx, policy: PolicyConfig, chunks: int):
     """One optimiser step on one batch of rollouts: pure, jitted by `RL`."""
-    encode_rollouts = partial(encode, model=model, reference=state.reference, policy=policy)
+
+    def encode_rollouts(trained, part):
+        return encode(join(state.reference, trained), part, model=model, reference=state.reference, policy=policy)
+
     global_loss = partial(loss, batch=batch, policy=policy)
     (_, metrics), gradient = value_and_grad(encode_rollouts, global_loss, state.params, batch, chunks)
     state, norms = apply(tx, state, gradient)

@@ -22,6 +22,7 @@ from r3jax.data.beir import Dataset
 from r3jax.data.stream import bucket, stream
 from r3jax.losses import info_nce, triplet_margin
 from r3jax.model.encoder import bucket_of, normalise, pool_last
+from r3jax.model.lora import join
 from r3jax.model.qwen2 import ModelConfig, hidden_states
 from r3jax.model.sharding import BATCH, out, place, put_batch
 from r3jax.stages.state import TrainState, apply, value_and_grad
@@ -172,6 +173,7 @@ class SFT:
                 margin=margin,
                 direct_window=answer + 1,
                 thought_window=lengths.thought + 1,
+                seed=seed,
             ),
             donate_argnums=0,
         )
@@ -205,8 +207,13 @@ def _agree(longest: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(longest).max(0)
 
 
-def encode(params, part, *, model: ModelConfig, reference, weights: Weights, direct_window, thought_window):
-    """Everything the loss needs of some queries, row by row: unit vectors and sums over answer tokens."""
+def encode(
+    params, part, *, model: ModelConfig, reference, weights: Weights, direct_window, thought_window, dropout=None
+):
+    """Everything the loss needs of some queries, row by row: unit vectors and sums over answer tokens.
+
+    `dropout` is the random key of an adapter's dropout; None for none.
+    """
     count, per_query, length = part["docs"].shape
     docs = jnp.reshape(part["docs"], (count * per_query, length), out_sharding=out(P(BATCH, None)))
     doc_lengths = jnp.reshape(part["doc_lengths"], (count * per_query,), out_sharding=out(P(BATCH)))
@@ -214,16 +221,23 @@ def encode(params, part, *, model: ModelConfig, reference, weights: Weights, dir
     def vectors(hidden, lengths):
         return normalise(pool_last(hidden, lengths))
 
-    docs = vectors(hidden_states(params, model, docs, doc_lengths), doc_lengths)
+    def read(tokens, lengths, i: int):
+        key = None if dropout is None else jax.random.fold_in(dropout, i)
+        return hidden_states(params, model, tokens, lengths, key)
+
+    docs = vectors(read(docs, doc_lengths, 0), doc_lengths)
     rows = {"docs": jnp.reshape(docs, (count, per_query, -1), out_sharding=out(P(BATCH, None, None)))}
     rows |= {name: place(jnp.zeros(count), P(BATCH)) for name in ("ce", "kl", "answer_tokens")}
     direct_start = part["direct_length"] - direct_window
-    for name, start, window, counts in (
-        ("direct", direct_start, direct_window, None),
-        ("reasoned", part["reasoned_start"], thought_window, part["gold"]),
+    for i, (name, start, window, counts) in enumerate(
+        (
+            ("direct", direct_start, direct_window, None),
+            ("reasoned", part["reasoned_start"], thought_window, part["gold"]),
+        ),
+        start=1,
     ):
         tokens, lengths = part[name], part[f"{name}_length"]
-        hidden = hidden_states(params, model, tokens, lengths)
+        hidden = read(tokens, lengths, i)
         rows[name] = vectors(hidden, lengths)
         if not (weights.ce or weights.kl):
             continue
@@ -290,16 +304,29 @@ def update(
     margin: float,
     direct_window: int,
     thought_window: int,
+    seed: int,
 ):
-    """One optimiser step on one batch: pure, jitted by `SFT`."""
-    encode_rows = partial(
-        encode,
-        model=model,
-        reference=state.reference,
-        weights=weights,
-        direct_window=direct_window,
-        thought_window=thought_window,
-    )
+    """One optimiser step on one batch: pure, jitted by `SFT`. `seed` is of an adapter's dropout."""
+    drops = model.lora is not None and model.lora.dropout > 0
+    if drops:
+        batch = batch | {"row": place(jnp.arange(batch["gold"].shape[0]), P(BATCH))}
+
+    def encode_rows(trained, part):
+        key = None
+        if drops:
+            # Its first row tells a chunk of the batch from the others; both passes of gradient caching drop the same.
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), part["row"].min())
+        return encode(
+            join(state.reference, trained),
+            part,
+            model=model,
+            reference=state.reference,
+            weights=weights,
+            direct_window=direct_window,
+            thought_window=thought_window,
+            dropout=key,
+        )
+
     global_loss = partial(loss, batch=batch, weights=weights, temperature=temperature, margin=margin)
     (_, metrics), gradient = value_and_grad(encode_rows, global_loss, state.params, batch, chunks)
     state, norms = apply(tx, state, gradient)

@@ -12,16 +12,26 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from r3jax.losses import grad_cache
+from r3jax.model.lora import join
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What the optimiser changes, and what it is held against. Lives on the devices, sharded as stored."""
+    """What the optimiser changes, and what it is held against. Lives on the devices, sharded as stored.
+
+    Under LoRA `params` is the adapter alone, and `reference` the base: the KL term's reference is the model with its
+    adapter off, in both stages, and there is no second copy of the weights.
+    """
 
     step: Int[Array, ""]  # optimiser steps done in this stage
-    params: Any
+    params: Any  # what is trained: all weights, or an adapter
     opt_state: Any
     reference: Any  # frozen weights that the KL term looks at; None without one
+
+    @property
+    def weights(self):
+        """All weights of the model as it is now."""
+        return join(self.reference, self.params)
 
 
 class Stage(Protocol):
@@ -63,15 +73,18 @@ def optimiser(
     )
 
 
-def new_state(params, tx: optax.GradientTransformation, mesh, keep_reference: bool) -> TrainState:
-    """A state at step 0 around `params`; the optimiser's state is born sharded like them."""
+def new_state(params, tx: optax.GradientTransformation, mesh, keep_reference: bool, base=None) -> TrainState:
+    """A state at step 0 around `params`; the optimiser's state is born sharded like them.
+
+    With a `base`, `params` are an adapter on it. The state takes the base over: the first step donates it.
+    """
     # A step donates its state, so the reference, and the params the caller still holds, need copies.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     return TrainState(
         step=jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P())),
         params=copy(params),
         opt_state=jax.tree.map(lambda x: _placed(x, mesh), jax.jit(tx.init)(params)),
-        reference=copy(params) if keep_reference else None,
+        reference=base if base is not None else copy(params) if keep_reference else None,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from r3jax.losses import TokenTerms, token_terms
-from r3jax.model.qwen2 import ModelConfig, unembedding
+from r3jax.model.qwen2 import ModelConfig, head
 from r3jax.model.sharding import BATCH, out, place
 
 
@@ -49,23 +49,16 @@ def answer_terms(
         picked = jnp.reshape(picked, (batch * width, -1), out_sharding=out(P(BATCH, None)))
         return picked
 
-    def head(p):
-        table = unembedding(p, config)
-        spec = P(BATCH, "tensor")
-
-        def logits(h):
-            # fp32 logits; the vocabulary is gathered for the soft-max over it
-            z = jnp.einsum("nd,vd->nv", h, table, preferred_element_type=jnp.float32, out_sharding=out(spec))
-            return z / temperature
-
-        return logits
+    def unembed(p):
+        logits = head(p, config)
+        return lambda h: logits(h) / temperature
 
     ref_params, ref_hidden = ref if ref is not None else (None, None)
     terms = token_terms(
         flat(hidden),
-        head(params),
+        unembed(params),
         jnp.reshape(targets, (batch * width,), out_sharding=out(P(BATCH))),
         ref_hidden=None if ref is None else flat(ref_hidden),
-        ref_unembed=None if ref is None else head(ref_params),
+        ref_unembed=None if ref is None else unembed(ref_params),
     )
     return jax.tree.map(lambda x: jnp.reshape(x, (batch, width), out_sharding=out(P(BATCH, None))), terms)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from r3jax.errors import UserError
 from r3jax.text.tokenizer import EMBED_TOKEN, Tokenizer
 
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."  # where a chat names none
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -96,6 +98,12 @@ class ChatFormat:
     def reasoning(self, query: str, thought: str, max_text_tokens: int, max_thought_tokens: int) -> list[int]:
         """One full reasoning chat: prompt, thought, embed token."""
         return self.reasonings([query], [thought], max_text_tokens, max_thought_tokens)[0]
+
+    def conversation(self, user: str, answer: str) -> tuple[list[int], int]:
+        """A chat under Qwen-2.5's default system prompt, up to its end of turn, and where the answer starts."""
+        t = self.tokenizer
+        prompt = self._head(QWEN_SYSTEM) + t.encode(user) + self._tail("")
+        return [*prompt, *t.encode(answer), t.im_end_id], len(prompt)
 
     def _cut(self, texts: Sequence[str], limit: int, name: str) -> list[list[int]]:
         if limit < 1:
