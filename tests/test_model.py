@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2Config
 
+from r3jax.errors import UserError
 from r3jax.model import params as model_params
 from r3jax.model.qwen2 import (
     Block,
@@ -22,6 +24,7 @@ from r3jax.model.qwen2 import (
     right_padded,
     unstack,
 )
+from r3jax.model.rope import frequencies, rope_of
 from tests.tiny_model import padded, reference, sizes, state_dict, weights
 
 SHAPES = {
@@ -48,6 +51,74 @@ def test_equals_transformers(config):
         )
     np.testing.assert_allclose(hidden[mask], want.hidden_states[-1].numpy()[mask], atol=1e-4)
     np.testing.assert_allclose(logits(params, config, hidden)[mask], want.logits.numpy()[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+@pytest.mark.parametrize(("factor", "original"), [(1.0, 32768), (4.0, 32768), (2.5, 8192), (4.0, 32), (8.0, 4)])
+def test_frequencies_equal_transformers(head_dim, theta, factor, original):
+    config = sizes(head_dim=head_dim, rope_theta=theta, rope_factor=factor, rope_original_length=original)
+    rotary = reference(config).model.rotary_emb
+    ours, scale = frequencies(head_dim, theta, factor, original)
+    assert ours.dtype == np.float32 and scale == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    np.testing.assert_allclose(ours, rotary.inv_freq.numpy(), rtol=3e-7)
+
+
+def test_yarn_equals_transformers_below_and_above_the_original_length():
+    config = sizes(heads=14, width=56, head_dim=32, rope_theta=1e4, rope_factor=4.0, rope_original_length=32)
+    model = reference(config)
+    params = model_params.from_hugging_face(state_dict(model), config)
+    tokens, lengths = padded(np.random.default_rng(0), [128, 33, 20], 128, config.vocab)
+    hidden = run(params, config, tokens, lengths)
+    mask = np.arange(128) < lengths[:, None]
+    with torch.no_grad():
+        want = model(
+            torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(mask, dtype=torch.long),
+            output_hidden_states=True,
+        )
+    np.testing.assert_allclose(hidden[mask], want.hidden_states[-1].numpy()[mask], atol=1e-4)
+    np.testing.assert_allclose(logits(params, config, hidden)[mask], want.logits.numpy()[mask], atol=1e-4)
+    plain = run(params, dataclasses.replace(config, rope_factor=1.0), tokens, lengths)
+    assert np.abs(plain - hidden)[mask].max() > 0.1  # so agreement says something
+
+
+def test_rope_is_read_from_both_forms_of_config_json():
+    plain = {"rope_theta": 1e6, "rope_factor": 1.0}
+    yarn = {"rope_theta": 1e6, "rope_factor": 4.0, "rope_original_length": 32768}
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": None}) == plain
+    assert rope_of({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}) == plain
+    assert rope_of({}) == plain | {"rope_theta": 1e4}  # as transformers
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": scaling | {"type": "yarn"}}) == yarn
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": scaling | {"type": "yarn", "rope_type": "yarn"}}) == yarn
+    assert rope_of({"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6, "beta_fast": 32}}) == yarn
+    # transformers takes what is missing from the longest position.
+    only = {"rope_theta": 1e6, "max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4}}
+    assert rope_of(only) == yarn
+    for hf in (only, {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6}}):
+        config = Qwen2Config(**hf)
+        assert rope_of(config.to_dict()) == yarn
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "'linear' is not implemented"),
+        ({"type": "dynamic", "factor": 2.0}, "'dynamic' is not implemented"),
+        ({"type": "yarn", "rope_type": "llama3"}, "'llama3' and 'yarn' is not implemented"),
+        ({"type": "yarn", "factor": 0.5}, "factor is 0.5; it must be at least 1"),
+        ({"type": "yarn", "factor": 4.0, "beta_fast": 16}, "beta_fast=16 is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "attention_factor=1.0 is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "truncate": False}, "truncate=False is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "mscale": 0.7}, "mscale=0.7 is not implemented"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented"),
+    ],
+)
+def test_a_rope_that_is_not_implemented_is_named(rope, says):
+    for name in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(UserError, match=says):
+            rope_of({name: rope, "max_position_embeddings": 64})
 
 
 def test_bfloat16_stays_near_float32_and_keeps_fp32_logits():
