@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -130,6 +131,33 @@ def test_bfloat16_stays_near_float32_and_keeps_fp32_logits():
     assert rough.dtype == jnp.bfloat16 and logits(params, low, rough).dtype == jnp.float32
     error = np.abs(np.asarray(rough, np.float32) - fine) / np.std(fine)
     assert 1e-4 < np.mean(error) < 0.03
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, those of its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def test_under_bfloat16_softmax_norms_angles_and_logits_are_in_float32():
+    config = sizes(compute_dtype="bfloat16", param_dtype="bfloat16")
+    tokens, lengths = padded(np.random.default_rng(0), [9, 4, 1], 9, config.vocab)
+
+    def forward(params):
+        return logits(params, config, hidden_states(params, config, tokens, lengths))
+
+    traced = jax.make_jaxpr(forward)(weights(config))
+    inputs = {}
+    for equation in equations(traced.jaxpr):
+        for of in equation.invars[:1]:
+            inputs.setdefault(equation.primitive.name, set()).add(str(of.aval.dtype))
+    # softmax: reduce_max, exp, its sum; norms: rsqrt, the sum of squares; positions: cos, sin
+    for name in ("reduce_max", "exp", "rsqrt", "reduce_sum", "cos", "sin"):
+        assert inputs[name] == {"float32"}, name
+    assert inputs["dot_general"] == {"bfloat16"}  # what is multiplied is bf16
+    assert traced.out_avals[0].dtype == jnp.float32
 
 
 def test_left_and_right_padding_agree():
