@@ -14,7 +14,7 @@ from r3jax.model import params as model_params
 from r3jax.model.encoder import encode_rows
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import batch_parts, make_mesh
-from r3jax.results.conditions import Reader
+from r3jax.reader import Reader
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
