@@ -76,6 +76,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "rope_original_length": 32768,
                 "norm_eps": 1e-6,
                 "tied": tied,
+                # float32 or bfloat16, to multiply in and to hold the weights in; see docs/architecture.md, Dtypes.
                 "compute_dtype": "float32" if tiny else "bfloat16",
                 "param_dtype": "float32",
                 # On two cores recomputing a layer is quicker than writing its activations to memory.

@@ -29,6 +29,7 @@ from r3jax.model.rope import rope_of
 from r3jax.model.sharding import make_mesh
 from r3jax.reader import Reader
 from r3jax.run import config as run_config
+from r3jax.run.log import quiet_libraries
 from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
@@ -319,6 +320,7 @@ Loaded = tuple[Any, ModelConfig, ChatFormat, dict[str, int]]
 
 
 def _load_run(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None) -> Loaded:
+    quiet_libraries()  # of reading checkpoints
     config = run_config.load_saved(folder / run_config.SAVED_NAME)
     model = ModelConfig(**config.model)
     if dtype:
@@ -334,7 +336,8 @@ def _load_hugging_face(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str
     ours = _json(folder / "r3jax.json") if (folder / "r3jax.json").is_file() else {}
     new = None if tokenizers.has_embed_token(folder) else tokenizer.embed_id
     params = model_params.load_hugging_face(folder, model, mesh, new)
-    return params, model, ChatFormat(tokenizer, Prompts(**ours.get("prompts", {}))), LIMITS | ours.get("limits", {})
+    chat = ChatFormat(tokenizer, Prompts(**ours.pop("prompts", {})))
+    return params, model, chat, LIMITS | ours
 
 
 def _sizes(hf: dict[str, Any], dtype: str | None) -> ModelConfig:

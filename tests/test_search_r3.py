@@ -297,8 +297,7 @@ def hugging_face(parts, model, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(sizes))
     parts.chat.tokenizer.save(folder)
     limits = {name: parts.config.data[name] for name in LIMITS}
-    ours = {"prompts": parts.config.prompts.to_dict(), "limits": limits}
-    (folder / "r3jax.json").write_text(json.dumps(ours))
+    (folder / "r3jax.json").write_text(json.dumps(limits | {"prompts": parts.config.prompts.to_dict()}))
     return folder
 
 
