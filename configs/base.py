@@ -72,8 +72,12 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "ffn": ffn,
                 "vocab": vocab,
                 "rope_theta": 1e6,
+                # Above 1: YaRN, as Qwen-2.5 documents it, for texts up to so many times rope_original_length tokens.
+                "rope_factor": 1.0,
+                "rope_original_length": 32768,
                 "norm_eps": 1e-6,
                 "tied": tied,
+                # float32 or bfloat16, to multiply in and to hold the weights in; see docs/architecture.md, Dtypes.
                 "compute_dtype": "float32" if tiny else "bfloat16",
                 "param_dtype": "float32",
                 # On two cores recomputing a layer is quicker than writing its activations to memory.

@@ -18,7 +18,7 @@ from r3jax.model.hugging_face import load_hugging_face
 from r3jax.model.hugging_face_config import read_config
 from r3jax.model.qwen2 import Lora, ModelConfig
 from r3jax.model.sharding import batch_parts, make_mesh
-from r3jax.results.conditions import Reader
+from r3jax.reader import Reader
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer

@@ -127,7 +127,7 @@ def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: in
       batch: a pytree of arrays [B, ...]; `chunks` divides the rows of each device.
 
     Returns:
-      (loss, gradient), or ((loss, aux), gradient), as `jax.value_and_grad` would.
+      (loss, gradient), or ((loss, aux), gradient), as `jax.value_and_grad` would; the gradient is in fp32.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     shards = _row_shards(jax.tree.leaves(batch)[0])
@@ -144,7 +144,8 @@ def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: in
         _, pull_back = jax.vjp(lambda p: encode_fn(p, part), params)
         return jax.tree.map(jnp.add, total, pull_back(upstream)[0]), None
 
-    gradient, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (parts, upstream))
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)  # bf16 would round each sum
+    gradient, _ = jax.lax.scan(add, zeros, (parts, upstream))
     return value, gradient
 
 

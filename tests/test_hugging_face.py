@@ -323,7 +323,8 @@ def test_sizes_of_a_published_config_and_there_and_back(tmp_path):
     assert read_config(write_config(tmp_path, head_dim=128, tie_word_embeddings=...)) == want | dict(
         head_dim=128, tied=False
     )
-    for config in (sizes(), sizes(tied=False, head_dim=4, rope_theta=1e4, norm_eps=1e-5)):
+    yarn = sizes(rope_factor=4.0, rope_original_length=64)
+    for config in (sizes(), sizes(tied=False, head_dim=4, rope_theta=1e4, norm_eps=1e-5), yarn):
         (tmp_path / "config.json").write_text(json.dumps(to_config(config, **IDS)))
         assert dataclasses.replace(config, **read_config(tmp_path)) == config
         theirs = AutoConfig.from_pretrained(tmp_path)
@@ -345,7 +346,7 @@ def test_sizes_of_a_published_config_and_there_and_back(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "the rope scaling 'llama3'"),
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": 3}, '"rope_parameters" is not a group of values'),
-        ({"rope_theta": ...}, '"rope_theta" must be a number above 0, not None'),
+        ({"rope_theta": -1.0}, '"rope_theta" must be a number above 0, not -1.0'),
         ({"rms_norm_eps": 0}, '"rms_norm_eps" must be a number above 0, not 0'),
         ({"num_hidden_layers": "24"}, "\"num_hidden_layers\" must be a whole number above 0, not '24'"),
         ({"hidden_size": ...}, '"hidden_size" must be a whole number above 0, not None'),

@@ -4,12 +4,16 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2Config
 
+from r3jax.errors import UserError
 from r3jax.model.hugging_face import from_hugging_face
+from r3jax.model.params import flatten
 from r3jax.model.qwen2 import (
     Block,
     Decoder,
@@ -22,6 +26,7 @@ from r3jax.model.qwen2 import (
     right_padded,
     unstack,
 )
+from r3jax.model.rope import frequencies, rope_of
 from tests.tiny_model import padded, reference, sizes, state_dict, weights
 
 SHAPES = {
@@ -50,6 +55,74 @@ def test_equals_transformers(config):
     np.testing.assert_allclose(logits(params, config, hidden)[mask], want.logits.numpy()[mask], atol=1e-4)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+@pytest.mark.parametrize(("factor", "original"), [(1.0, 32768), (4.0, 32768), (2.5, 8192), (4.0, 32), (8.0, 4)])
+def test_frequencies_equal_transformers(head_dim, theta, factor, original):
+    config = sizes(head_dim=head_dim, rope_theta=theta, rope_factor=factor, rope_original_length=original)
+    rotary = reference(config).model.rotary_emb
+    ours, scale = frequencies(head_dim, theta, factor, original)
+    assert ours.dtype == np.float32 and scale == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    np.testing.assert_allclose(ours, rotary.inv_freq.numpy(), rtol=3e-7)
+
+
+def test_yarn_equals_transformers_below_and_above_the_original_length():
+    config = sizes(heads=14, width=56, head_dim=32, rope_theta=1e4, rope_factor=4.0, rope_original_length=32)
+    model = reference(config)
+    params = from_hugging_face(state_dict(model), config)
+    tokens, lengths = padded(np.random.default_rng(0), [128, 33, 20], 128, config.vocab)
+    hidden = run(params, config, tokens, lengths)
+    mask = np.arange(128) < lengths[:, None]
+    with torch.no_grad():
+        want = model(
+            torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(mask, dtype=torch.long),
+            output_hidden_states=True,
+        )
+    np.testing.assert_allclose(hidden[mask], want.hidden_states[-1].numpy()[mask], atol=1e-4)
+    np.testing.assert_allclose(logits(params, config, hidden)[mask], want.logits.numpy()[mask], atol=1e-4)
+    plain = run(params, dataclasses.replace(config, rope_factor=1.0), tokens, lengths)
+    assert np.abs(plain - hidden)[mask].max() > 0.1  # so agreement says something
+
+
+def test_rope_is_read_from_both_forms_of_config_json():
+    plain = {"rope_theta": 1e6}
+    yarn = {"rope_theta": 1e6, "rope_factor": 4.0, "rope_original_length": 32768}
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": None}) == plain
+    assert rope_of({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}) == plain
+    assert rope_of({}) == {"rope_theta": 1e4}  # as transformers
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": scaling | {"type": "yarn"}}) == yarn
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": scaling | {"type": "yarn", "rope_type": "yarn"}}) == yarn
+    assert rope_of({"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6, "beta_fast": 32}}) == yarn
+    # transformers takes what is missing from the longest position.
+    only = {"rope_theta": 1e6, "max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4}}
+    assert rope_of(only) == yarn
+    for hf in (only, {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6}}):
+        config = Qwen2Config(**hf)
+        assert rope_of(config.to_dict()) == yarn
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "'linear' is not implemented"),
+        ({"type": "dynamic", "factor": 2.0}, "'dynamic' is not implemented"),
+        ({"type": "yarn", "rope_type": "llama3"}, "'llama3' and 'yarn' is not implemented"),
+        ({"type": "yarn", "factor": 0.5}, "factor is 0.5, it must be at least 1"),
+        ({"type": "yarn", "factor": 4.0, "beta_fast": 16}, "beta_fast=16 is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "attention_factor=1.0 is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "truncate": False}, "truncate=False is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "mscale": 0.7}, "mscale=0.7 is not implemented"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented"),
+    ],
+)
+def test_a_rope_that_is_not_implemented_is_named(rope, says):
+    for name in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(UserError, match=says):
+            rope_of({name: rope, "max_position_embeddings": 64})
+
+
 def test_bfloat16_stays_near_float32_and_keeps_fp32_logits():
     config = sizes()
     params = weights(config)
@@ -59,6 +132,33 @@ def test_bfloat16_stays_near_float32_and_keeps_fp32_logits():
     assert rough.dtype == jnp.bfloat16 and logits(params, low, rough).dtype == jnp.float32
     error = np.abs(np.asarray(rough, np.float32) - fine) / np.std(fine)
     assert 1e-4 < np.mean(error) < 0.03
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, those of its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def test_under_bfloat16_softmax_norms_angles_and_logits_are_in_float32():
+    config = sizes(compute_dtype="bfloat16", param_dtype="bfloat16")
+    tokens, lengths = padded(np.random.default_rng(0), [9, 4, 1], 9, config.vocab)
+
+    def forward(params):
+        return logits(params, config, hidden_states(params, config, tokens, lengths))
+
+    traced = jax.make_jaxpr(forward)(weights(config))
+    inputs = {}
+    for equation in equations(traced.jaxpr):
+        for of in equation.invars[:1]:
+            inputs.setdefault(equation.primitive.name, set()).add(str(of.aval.dtype))
+    # softmax: reduce_max, exp, its sum; norms: rsqrt, the sum of squares; positions: cos, sin
+    for name in ("reduce_max", "exp", "rsqrt", "reduce_sum", "cos", "sin"):
+        assert inputs[name] == {"float32"}, name
+    assert inputs["dot_general"] == {"bfloat16"}  # what is multiplied is bf16
+    assert traced.out_avals[0].dtype == jnp.float32
 
 
 def test_left_and_right_padding_agree():
@@ -173,7 +273,7 @@ def test_the_parameter_table_is_what_the_decoder_creates(tied):
     config = sizes(tied=tied)
     args = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), bool)
     made = jax.eval_shape(Decoder(config).init, jax.random.key(0), *args)["params"]
-    shapes = {name: leaf.shape for name, leaf in model_params.flatten(made).items()}
+    shapes = {name: leaf.shape for name, leaf in flatten(made).items()}
     table = {name: shape for name, (shape, _) in parameter_table(config).items()}
     if not tied:  # the unembedding is used outside the module, by `logits`
         assert table.pop("unembed/table") == (config.vocab, config.width)

@@ -1,9 +1,12 @@
 """The chat format against transformers' own rendering of Qwen-2.5-Instruct's template."""
 
 import json
+import os
 import pathlib
 import subprocess
+import unicodedata
 
+import numpy as np
 import pytest
 import transformers
 
@@ -39,12 +42,29 @@ QUERIES = [
 REAL = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "get.sh"
 
 
-def real_tokenizer_folder(tmp_path):
-    """The published tokenizer with its template, where the data of the project lies beside the repository."""
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Folder of the published tokenizer with its template: of a Qwen-2.5 checkpoint that the environment names, or of
+    the project's data where they lie beside the repository."""
+    if named := os.environ.get("R3JAX_QWEN_TOKENIZER"):
+        return pathlib.Path(named)
     if not REAL.exists():
-        pytest.skip("no folder ../shared/data beside the repository, so no published Qwen-2.5 tokenizer")
-    subprocess.run([str(REAL), "qwen2.5-tokenizer", str(tmp_path)], check=True, capture_output=True)
-    return tmp_path / "qwen2.5-tokenizer"
+        pytest.skip("R3JAX_QWEN_TOKENIZER names no folder of a published Qwen-2.5 tokenizer")
+    folder = tmp_path_factory.mktemp("published")
+    subprocess.run([str(REAL), "qwen2.5-tokenizer", str(folder)], check=True, capture_output=True)
+    return folder / "qwen2.5-tokenizer"
+
+
+@pytest.fixture(scope="module")
+def published_reference(published, tmp_path_factory):
+    """The published tokenizer and our embed token, opened by transformers, with the published template."""
+    folder = tmp_path_factory.mktemp("with_embed")
+    text.load(published).save(folder)
+    opened = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    opened.chat_template = json.loads((published / "tokenizer_config.json").read_text(encoding="utf-8"))[
+        "chat_template"
+    ]
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +119,85 @@ def test_rendering_equals_transformers(small, reference, prompts):
     check_against(ChatFormat(small, prompts), reference)
 
 
-def test_rendering_and_ids_of_the_published_tokenizer(tmp_path):
-    folder = real_tokenizer_folder(tmp_path)
-    ours = text.load(folder)
+def test_rendering_and_ids_of_the_published_tokenizer(published, published_reference):
+    ours = text.load(published)
     assert (ours.embed_id, ours.im_start_id, ours.im_end_id, ours.pad_id) == (151665, 151644, 151645, 151643)
-    vectors = json.loads((folder / "test_vectors.json").read_text())
-    plain = {typed: ids for typed, ids in vectors.items() if "<|im_start|>" not in typed}
-    assert len(plain) >= 10 and all(ours.encode(typed) == ids for typed, ids in plain.items())
     assert not {151643, 151644, 151645, 151665} & set(ours.encode("a<|im_start|><|im_end|><|embed_token|>"))
+    if (published / "test_vectors.json").is_file():  # not part of a checkpoint
+        vectors = json.loads((published / "test_vectors.json").read_text(encoding="utf-8"))
+        plain = {typed: ids for typed, ids in vectors.items() if "<|im_start|>" not in typed}
+        assert len(plain) >= 10 and all(ours.encode(typed) == ids for typed, ids in plain.items())
+    check_against(ChatFormat(ours, Prompts()), published_reference)
 
-    published = json.loads((folder / "tokenizer_config.json").read_text())
-    ours.save(tmp_path / "with_embed")
-    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "with_embed" / "tokenizer.json"))
-    reference.chat_template = published["chat_template"]
-    check_against(ChatFormat(ours, Prompts()), reference)
+
+CONTROL = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", EMBED)
+WORDS = """list files of a folder in order, 3.14159 times? it's DON'T x<y && z||w <tool_call> |> <|
+Ångström cafe\u0301 你好，世界 привет مرحبا हिन्दी ไทย 🙂 👩‍👩‍👧 \u200b \ufeff ﬁ ½ \x00"""
+PIECES = (*WORDS.split(), " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "def f(a):\n    return a")
+
+
+def conversations(count: int) -> list[tuple[str, str, str]]:
+    """(system, user, thought) of random pieces: empty ones, very long ones, and every tenth with control tokens."""
+    rng = np.random.default_rng(0)
+
+    def words(longest, pieces=PIECES):
+        return "".join(
+            pieces[i] + " " * int(rng.integers(2)) for i in rng.integers(len(pieces), size=rng.integers(longest))
+        )
+
+    made = []
+    for i in range(count):
+        pieces = PIECES + CONTROL * 3 if i % 10 == 0 else PIECES
+        user = "" if i % 40 == 1 else words(20000 if i % 50 == 2 else 30, pieces)
+        made.append((words(8), user.strip(), "" if i % 20 == 3 else words(12, pieces).strip()))
+    return made
+
+
+def spelt(reference, system, user, answer=None):
+    """Text and ids by transformers' template, what user and answer typed being encoded as the characters it is."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "\ue000"}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": "\ue001" + EMBED})
+    shown = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+    head, rest = shown.split("\ue000")
+    middle, tail = rest.split("\ue001") if answer is not None else (rest, "")
+    parts = [head, user, middle, answer or "", EMBED if answer is not None else ""]
+    ids = [
+        reference.encode(part, add_special_tokens=False, split_special_tokens=typed)
+        for part, typed in zip(parts, (False, True, False, True, False), strict=True)
+    ]
+    return "".join(parts), [i for part in ids for i in part]
+
+
+def check_conversations(tokenizer, reference, count):
+    control = {tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.embed_id, tokenizer.pad_id}
+    longest, typed = 0, 0
+    for system, user, thought in conversations(count):
+        chat = ChatFormat(tokenizer, Prompts(system, "The embedding is ", system))
+        ours = {
+            "The embedding is ": chat.document(user, 10**6),
+            None: chat.reasoning_prompt(user, 10**6),
+            thought: chat.reasoning(user, thought, 10**6, 10**6),
+        }
+        for answer, ids in ours.items():
+            shown, want = spelt(reference, system, user, answer)
+            if not any(token in user + (answer or "") for token in CONTROL):
+                # Nothing in the texts can be taken for a control token: the template's text as a whole.
+                assert rendered(reference, system, user, answer) == ids
+            assert ids == want
+            assert tokenizer.decode(ids, keep_special=True) == unicodedata.normalize("NFC", shown)
+            turns = 2 if answer is None else 3
+            assert len([i for i in ids if i in control]) == 2 * turns + (1 if answer is None else 0)
+        longest, typed = max(longest, len(ours[None])), typed + any(token in user for token in CONTROL)
+    assert longest > 10_000 and typed >= count / 20
+
+
+def test_random_conversations_equal_transformers(small, reference):
+    check_conversations(small, reference, 60)
+
+
+def test_200_conversations_of_the_published_tokenizer(published, published_reference):
+    check_conversations(text.load(published), published_reference, 200)
 
 
 def test_only_the_text_and_the_thought_are_cut(small):

@@ -33,6 +33,18 @@ def weights(config: ModelConfig, seed: int = 0) -> dict:
     return jax.tree.map(jax.numpy.asarray, model_params.unflatten(flat))
 
 
+def rope_parameters(config: ModelConfig) -> dict:
+    """As transformers 5 writes them."""
+    if config.rope_factor == 1:
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": config.rope_theta,
+        "factor": config.rope_factor,
+        "original_max_position_embeddings": config.rope_original_length,
+    }
+
+
 def reference(config: ModelConfig, seed: int = 0) -> Qwen2ForCausalLM:
     """transformers' decoder of these sizes, with random weights, biases and scales."""
     torch.manual_seed(seed)
@@ -45,7 +57,7 @@ def reference(config: ModelConfig, seed: int = 0) -> Qwen2ForCausalLM:
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
             head_dim=config.head_dim,
-            rope_parameters={"rope_theta": config.rope_theta, "rope_type": "default"},
+            rope_parameters=rope_parameters(config),
             rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tied,
             attn_implementation="eager",

@@ -3,7 +3,8 @@
 Axes: B batch, L length, D width, N texts.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -62,11 +63,12 @@ def encode_rows(
     rows: Sequence[Sequence[int]],
     *,
     batch_size: int,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray:
     """Unit vectors [N, D] of tokenised rows, in their order.
 
     Rows are grouped by length into a few padded shapes, so each shape compiles once. One batch is prepared
-    while the device works on the last. Rows must not be empty.
+    while the device works on the last. Rows must not be empty. `on_rows` is called with each batch's number of rows.
     """
     parts = batch_parts(mesh)
     batch_size = -(-batch_size // parts) * parts
@@ -74,16 +76,22 @@ def encode_rows(
     if len(order) and not len(rows[order[0]]):
         raise ValueError(f"rows: row {order[0]} is empty, so it has no last token")
     result = np.empty((len(rows), config.width), np.float32)
-    waiting = None
+    waiting: deque = deque()
+
+    def fetch():
+        chosen, vectors = waiting.popleft()
+        result[chosen] = jax.device_get(vectors)[: len(chosen)]
+        on_rows(len(chosen))
+
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         padded = pad([rows[i] for i in chosen], bucket_of(len(rows[chosen[-1]])), batch_size)
         tokens, lengths = put_batch(mesh, padded)
         with jax.set_mesh(mesh):
             vectors = embed_jit(params, tokens=tokens, lengths=lengths, config=config)
-        if waiting is not None:
-            result[waiting[0]] = jax.device_get(waiting[1])[: len(waiting[0])]
-        waiting = (chosen, vectors)
-    if waiting is not None:
-        result[waiting[0]] = jax.device_get(waiting[1])[: len(waiting[0])]
+        waiting.append((chosen, vectors))
+        if len(waiting) > 1:
+            fetch()
+    while waiting:
+        fetch()
     return result

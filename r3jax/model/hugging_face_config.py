@@ -12,6 +12,7 @@ from typing import Any
 
 from r3jax.errors import UserError
 from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.rope import rope_keys, rope_of
 
 NAME = "config.json"
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2Model")
@@ -55,17 +56,11 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: {e}; give a Qwen-2.5 checkpoint.") from None
 
 
-def rope_of(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """ModelConfig's fields of the rotary positions; UserError for a form that is not implemented."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError('"rope_parameters" is not a group of values')
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"the rope scaling {kind!r} is not implemented")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
-        raise UserError('a "partial_rotary_factor" other than 1 is not implemented')
-    return {"rope_theta": _positive(rope if "rope_theta" in rope else raw, "rope_theta")}
+def read_dtype(folder: pathlib.Path) -> str:
+    """What the weights of a folder whose config.json `read_config` has read are stored in."""
+    raw = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"  # transformers 5's key, and 4's
+    return "bfloat16" if dtype in ("bfloat16", "float16") else "float32"
 
 
 def to_config(model: ModelConfig, *, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
@@ -86,15 +81,11 @@ def to_config(model: ModelConfig, *, bos_id: int, eos_id: int, pad_id: int) -> d
         "use_cache": True,
         "use_sliding_window": False,
     }
-    raw |= {key: getattr(model, field) for field, key in SIZES.items()} | rope_keys(model)
+    raw |= {key: getattr(model, field) for field, key in SIZES.items()}
+    raw |= rope_keys(model.rope_theta, model.rope_factor, model.rope_original_length)
     if model.head_dim * model.heads != model.width:
         raw["head_dim"] = model.head_dim
     return raw
-
-
-def rope_keys(model: ModelConfig) -> dict[str, Any]:
-    """What `rope_of` reads."""
-    return {"rope_theta": model.rope_theta}
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from r3jax.model.rope import rope
 from r3jax.model.sharding import BATCH, out, place, used
 
 REMAT = {
@@ -54,6 +55,8 @@ class ModelConfig:
     ffn: int
     vocab: int
     rope_theta: float = 1e6
+    rope_factor: float = 1.0  # above 1: YaRN, for inputs up to so many times rope_original_length
+    rope_original_length: int = 32768
     norm_eps: float = 1e-6
     tied: bool = True
     compute_dtype: str = "float32"
@@ -169,17 +172,6 @@ class RMSNorm(nn.Module):
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: Int[Array, "B L"], theta: float) -> jax.Array:
-    """Rotary position embedding, rotate-half form, angles in fp32. x: [B, L, ..., H]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
-    angle = angle.reshape(*angle.shape[:2], *([1] * (x.ndim - 3)), half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax over the last axis in fp32; a row without any key stays finite."""
     return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -1e30), axis=-1)
@@ -202,8 +194,10 @@ class Attention(nn.Module):
         q = linear((c.width,), (k, m, h), ("embed", "kv_heads", None, None), name="q")(x)
         keys = linear((c.width,), (k, h), ("embed", "kv_heads", None), name="k")(x)
         values = linear((c.width,), (k, h), ("embed", "kv_heads", None), name="v")(x)
-        q = rope(q, positions, c.rope_theta) * h**-0.5
-        keys = rope(keys, positions, c.rope_theta)
+        turn = partial(
+            rope, positions=positions, theta=c.rope_theta, factor=c.rope_factor, original_length=c.rope_original_length
+        )
+        q, keys = turn(q) * h**-0.5, turn(keys)
         if memory is None:
             weights = masked_softmax(jnp.einsum("blkmh,bskh->bkmls", q, keys), mask[:, None, None])
             mixed = jnp.einsum("bkmls,bskh->blkmh", weights.astype(x.dtype), values)

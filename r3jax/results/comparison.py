@@ -11,7 +11,8 @@ from r3jax.data.beir import Dataset
 from r3jax.evaluation.bm25 import BM25
 from r3jax.evaluation.significance import paired_randomisation
 from r3jax.evaluation.trec import write_run
-from r3jax.results.conditions import MODEL_CONDITIONS, Measured, Reader, bm25, evaluate, examples
+from r3jax.reader import Reader
+from r3jax.results.conditions import MODEL_CONDITIONS, Measured, bm25, evaluate, examples
 from r3jax.search.index import VersionedIndex
 
 METRIC = "ndcg@10"  # of the p-values

@@ -11,94 +11,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from r3jax.data.beir import Dataset
 from r3jax.evaluation import metrics
 from r3jax.evaluation.bm25 import BM25
-from r3jax.model.encoder import bucket_of, encode_rows, pad
-from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sampler import sample
-from r3jax.model.sharding import batch_parts, put_batch
+from r3jax.reader import Reader
 from r3jax.search.index import VersionedIndex
-from r3jax.text.prompts import ChatFormat
 
 DEPTH = 100  # documents returned per query
 MODEL_CONDITIONS = ("direct", "reasoning", "averaged", "empty", "shuffled", "copied")
-TEMPERATURE = 0.7  # of sampled thoughts
-
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """How texts become vectors: the model without its weights."""
-
-    model: ModelConfig
-    mesh: jax.sharding.Mesh
-    chat: ChatFormat
-    max_query: int
-    max_new: int
-    thoughts: int  # of the condition `averaged`; with 0 or 1 it is left out
-    batch_size: int
-
-    def direct(self, params, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors [Q, D] of queries read without reasoning."""
-        return self._rows(params, self.chat.direct_queries(texts, self.max_query))
-
-    def with_thoughts(self, params, texts: Sequence[str], thoughts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Unit vectors [Q, D] of queries followed by given thoughts (token ids)."""
-        prompts = self.chat.reasoning_prompts(texts, self.max_query)
-        end = [self.chat.tokenizer.embed_id]
-        return self._rows(params, [[*p, *t, *end] for p, t in zip(prompts, thoughts, strict=True)])
-
-    def reason(self, params, texts: Sequence[str], count: int = 1) -> "Reasoned":
-        """The model's own thoughts and the vectors they end in: one greedy, or the mean over `count` sampled."""
-        prompts = self.chat.reasoning_prompts(texts, self.max_query)
-        width = bucket_of(self.chat.reasoning_extra + self.max_query)
-        parts = batch_parts(self.mesh)
-        size = -(-max(1, self.batch_size // count) // parts) * parts
-        tokenizer = self.chat.tokenizer
-        thoughts: list[list[int]] = []
-        vectors, emitted, spent = [], [], []
-        for start in range(0, len(prompts), size):
-            chunk = prompts[start : start + size]
-            tokens, lengths = pad(chunk, width, size)
-            ids = np.arange(start, start + size, dtype=np.int32)
-            done = jax.device_get(
-                sample(
-                    params,
-                    *put_batch(self.mesh, (tokens, lengths, ids)),
-                    jax.random.key(0),
-                    config=self.model,
-                    group=count,
-                    max_new=self.max_new,
-                    temperature=TEMPERATURE if count > 1 else 0.0,
-                    embed_id=tokenizer.embed_id,
-                    stop_ids=(tokenizer.im_end_id, tokenizer.pad_id),
-                )
-            )
-            rows = range(len(chunk))
-            thoughts += [[int(t) for t in done.tokens[i, 0, : done.lengths[i, 0] - 1]] for i in rows]
-            vectors.append(done.embedding[: len(chunk)])
-            emitted.append(done.emitted[: len(chunk)])
-            spent.append(done.lengths[: len(chunk)] - 1)
-        each = np.concatenate(vectors)
-        mean = (each / np.linalg.norm(each, axis=-1, keepdims=True)).mean(1)
-        mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
-        return Reasoned(thoughts, mean, np.concatenate(emitted).mean(1), np.concatenate(spent).sum(1))
-
-    def _rows(self, params, rows) -> np.ndarray:
-        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reasoned:
-    """What came of thinking, for each of Q queries."""
-
-    thoughts: list[list[int]]  # the first one's token ids, without the embed token
-    vectors: np.ndarray  # [Q, D] unit
-    emitted: np.ndarray  # [Q] share of thoughts that ended with the embed token by themselves
-    tokens: np.ndarray  # [Q] of all thoughts together
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,10 @@ RULES: list[Rule] = [
     # model
     *at_least(1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn"),
     *at_least(1, "model.vocab"),
-    *above(0, "model.rope_theta", "model.norm_eps"),
+    *above(1, "model.rope_theta"),
+    *above(0, "model.norm_eps"),
+    *at_least(1, "model.rope_factor", why=" (1 is plain RoPE, above is YaRN)"),
+    *at_least(1, "model.rope_original_length"),
     Rule(("model.head_dim",), lambda v: v % 2 == 0, "must be even, for rotary positions turn pairs, not {0}"),
     Rule(
         ("model.heads", "model.kv_heads"),

@@ -1,7 +1,7 @@
 """What both stages share: the training state, the optimiser, and the shape of a stage."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -62,15 +62,48 @@ class Stage(Protocol):
 def optimiser(
     *, learning_rate: float, warmup: int, steps: int, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW, linear warm-up, cosine decay to a twentieth, clipped by global norm."""
+    """AdamW, linear warm-up, cosine decay to a twentieth, clipped by global norm; its state is in fp32."""
     warmup = min(warmup, max(steps - 1, 0))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else learning_rate, learning_rate, warmup, max(steps, 1), learning_rate / 20
     )
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=weight_decay),
+    return in_float32(
+        optax.chain(
+            optax.clip_by_global_norm(clip_norm),
+            optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=weight_decay),
+        )
     )
+
+
+class Float32State(NamedTuple):
+    """State of `in_float32` for weights held in less."""
+
+    whole: Any  # the weights in fp32
+    inner: Any
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` with moments in fp32 and, for weights held in less, a whole copy that it steps and that they are rounded to.
+
+    bf16 has 8 bits: a step under 1/256 of a weight, and at usual learning rates all are, would be lost.
+    """
+
+    def init(params):
+        if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
+            return tx.init(params)
+        whole = optax.tree.cast(params, jnp.float32)
+        return Float32State(whole, tx.init(whole))
+
+    def update(gradient, state, params):
+        gradient = optax.tree.cast(gradient, jnp.float32)
+        if not isinstance(state, Float32State):
+            return tx.update(gradient, state, params)
+        updates, inner = tx.update(gradient, state.inner, state.whole)
+        whole = optax.apply_updates(state.whole, updates)
+        # `optax.apply_updates` adds in fp32 before it rounds, so this lands on the rounded whole weight.
+        return jax.tree.map(lambda w, p: w - p, whole, params), Float32State(whole, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def new_state(params, tx: optax.GradientTransformation, mesh, keep_reference: bool, base=None) -> TrainState:
@@ -132,4 +165,4 @@ def apply(tx: optax.GradientTransformation, state: TrainState, gradient) -> tupl
     """One optimiser step and the gradient's norm before clipping."""
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    return state, {"grad_norm": optax.tree.norm(gradient)}
+    return state, {"grad_norm": optax.tree.norm(optax.tree.cast(gradient, jnp.float32))}

@@ -60,13 +60,29 @@ class ChatFormat:
         self._reasoning_head = self._head(prompts.reasoning_system)
         self._direct_tail = [*self._tail(prompts.direct_assistant), tokenizer.embed_id]
         self._reasoning_tail = self._tail("")
+        self._answer = [*tokenizer.encode(prompts.direct_assistant), tokenizer.embed_id]
         self.direct_extra = len(self._direct_head) + len(self._direct_tail)
         self.reasoning_extra = len(self._reasoning_head) + len(self._reasoning_tail)
 
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of the texts alone, uncut."""
+        return self.tokenizer.encode_batch([text.strip() for text in texts])
+
+    def direct(self, text: Sequence[int]) -> list[int]:
+        """The direct chat around the ids of a text, ending exactly at the embed token."""
+        return [*self._direct_head, *text, *self._direct_tail]
+
+    def to_reason(self, text: Sequence[int]) -> list[int]:
+        """The prompt around the ids of a query, up to and including "<|im_start|>assistant\\n"."""
+        return [*self._reasoning_head, *text, *self._reasoning_tail]
+
+    def direct_after(self, unfinished: Sequence[int]) -> list[int]:
+        """An answer that the model did not end (prompt and thought), followed by the fixed answer and embed token."""
+        return [*unfinished, *self._answer]
+
     def documents(self, texts: Sequence[str], max_text_tokens: int) -> list[list[int]]:
         """Direct chats, each ending exactly at the embed token."""
-        cut = self._cut(texts, max_text_tokens, "max_text_tokens")
-        return [self._direct_head + text + self._direct_tail for text in cut]
+        return [self.direct(text) for text in self._cut(texts, max_text_tokens, "max_text_tokens")]
 
     def document(self, text: str, max_text_tokens: int) -> list[int]:
         """One direct chat, ending exactly at the embed token."""
@@ -78,8 +94,7 @@ class ChatFormat:
 
     def reasoning_prompts(self, queries: Sequence[str], max_text_tokens: int) -> list[list[int]]:
         """Prompts up to and including "<|im_start|>assistant\\n", where the model goes on."""
-        cut = self._cut(queries, max_text_tokens, "max_text_tokens")
-        return [self._reasoning_head + text + self._reasoning_tail for text in cut]
+        return [self.to_reason(text) for text in self._cut(queries, max_text_tokens, "max_text_tokens")]
 
     def reasoning_prompt(self, query: str, max_text_tokens: int) -> list[int]:
         """One prompt up to and including "<|im_start|>assistant\\n"."""
@@ -108,7 +123,7 @@ class ChatFormat:
     def _cut(self, texts: Sequence[str], limit: int, name: str) -> list[list[int]]:
         if limit < 1:
             raise ValueError(f"{name} must be at least 1, not {limit}.")
-        return [ids[:limit] for ids in self.tokenizer.encode_batch([text.strip() for text in texts])]
+        return [ids[:limit] for ids in self.tokens(texts)]
 
     def _head(self, system: str) -> list[int]:
         """Up to the user's text; an empty system text still has its (empty) turn, as in Qwen's template."""

@@ -1,0 +1,129 @@
+"""How texts become vectors, directly or after a thought: the model without its weights. Evaluation and `SearchR3` read
+by the same code.
+
+Axes: Q queries, N rows, D width.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from r3jax.model.encoder import bucket_of, encode_rows, pad
+from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.sampler import sample
+from r3jax.model.sharding import batch_parts, put_batch
+from r3jax.text.prompts import ChatFormat
+
+TEMPERATURE = 0.7  # of sampled thoughts
+
+
+@dataclasses.dataclass(frozen=True)
+class Reasoned:
+    """What came of thinking, for each of Q queries."""
+
+    thoughts: list[list[int]]  # the first one's token ids, without the embed token
+    vectors: np.ndarray  # [Q, D] unit
+    emitted: np.ndarray  # [Q] share of thoughts that ended with the embed token by themselves
+    tokens: np.ndarray  # [Q] of all thoughts together
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Sizes, chat format and limits; the weights are given with each call."""
+
+    model: ModelConfig
+    mesh: jax.sharding.Mesh
+    chat: ChatFormat
+    max_query: int  # tokens of a query's text
+    max_new: int  # tokens of a thought, the embed token included
+    batch_size: int
+    thoughts: int = 0  # of the condition `averaged` of an evaluation; with 0 or 1 it is left out
+
+    def direct(self, params, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors [Q, D] of queries read without reasoning."""
+        return self.encode(params, self.chat.direct_queries(texts, self.max_query))
+
+    def with_thoughts(self, params, texts: Sequence[str], thoughts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Unit vectors [Q, D] of queries followed by given thoughts (token ids)."""
+        prompts = self.chat.reasoning_prompts(texts, self.max_query)
+        end = [self.chat.tokenizer.embed_id]
+        return self.encode(params, [[*p, *t, *end] for p, t in zip(prompts, thoughts, strict=True)])
+
+    def reason(self, params, texts: Sequence[str], count: int = 1) -> Reasoned:
+        """`think` about queries."""
+        return self.think(params, self.chat.reasoning_prompts(texts, self.max_query), count)
+
+    def think(
+        self,
+        params,
+        prompts: Sequence[Sequence[int]],
+        count: int = 1,
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> Reasoned:
+        """The model's own thoughts and the vectors they end in: one greedy, or the mean over `count` sampled.
+
+        A thought that does not end with the embed token within `max_new` is read as if the model had then given the
+        direct answer, which does end with it.
+
+        Args:
+          prompts: token rows of at most `reasoning_extra` + `max_query` ids. They are batched by length.
+          on_rows: called with the number of prompts that each batch has done.
+        """
+        thoughts, vectors, emitted = self._sample(params, prompts, count, on_rows)
+        late = np.argwhere(~emitted)
+        rows = [self.chat.direct_after([*prompts[i], *thoughts[i][g]]) for i, g in late]
+        vectors[tuple(late.T)] = self.encode(params, rows)
+        tokens = np.array([sum(map(len, group)) for group in thoughts], np.int64)
+        return Reasoned([group[0] for group in thoughts], _unit(_unit(vectors).mean(1)), emitted.mean(1), tokens)
+
+    def _sample(self, params, prompts, count: int, on_rows):
+        """Thoughts (ids, Q lists of `count`), the hidden states [Q, count, D] at their ends, and whether they ended."""
+        tokenizer = self.chat.tokenizer
+        stops = (tokenizer.im_end_id, tokenizer.pad_id)
+        parts = batch_parts(self.mesh)
+        size = -(-max(1, self.batch_size // count) // parts) * parts
+        thoughts: list[list[list[int]]] = [[] for _ in prompts]
+        vectors = np.empty((len(prompts), count, self.model.width), np.float32)
+        emitted = np.empty((len(prompts), count), bool)
+        order = np.argsort([len(p) for p in prompts], kind="stable")
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            filled = np.resize(chosen, size)  # with rows that are there: they end when they end
+            batch = (*pad([prompts[i] for i in filled], self._width(len(prompts[chosen[-1]]))), filled.astype(np.int32))
+            with jax.set_mesh(self.mesh):
+                done = jax.device_get(
+                    sample(
+                        params,
+                        *put_batch(self.mesh, batch),
+                        jax.random.key(0),
+                        config=self.model,
+                        group=count,
+                        max_new=self.max_new,
+                        temperature=TEMPERATURE if count > 1 else 0.0,
+                        embed_id=tokenizer.embed_id,
+                        stop_ids=stops,
+                    )
+                )
+            for i, group, lengths in zip(chosen, done.tokens, done.lengths, strict=False):
+                for row, length in zip(group.tolist(), lengths, strict=True):
+                    thought = row[: length - 1]
+                    thoughts[i].append(thought[:-1] if thought and thought[-1] in stops else thought)
+            vectors[chosen] = done.embedding[: len(chosen)]
+            emitted[chosen] = done.emitted[: len(chosen)]
+            on_rows(len(chosen))
+        return thoughts, vectors, emitted
+
+    def encode(self, params, rows, on_rows: Callable[[int], None] = lambda rows: None) -> np.ndarray:
+        """Unit vectors [N, D] of token rows that end with the embed token: `encode_rows`."""
+        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, on_rows=on_rows)
+
+    def _width(self, longest: int) -> int:
+        """The padded length of a batch of prompts: few, for each compiles a decoding loop."""
+        widest = bucket_of(self.chat.reasoning_extra + self.max_query)
+        return min(widest, max(128, 1 << (longest - 1).bit_length()))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
