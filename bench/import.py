@@ -7,6 +7,7 @@ bound: shards that are kept + the largest tensor + 1 GiB.
 """
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -86,13 +87,7 @@ def memory(field: str) -> int:
 def largest_tensor(folder: pathlib.Path) -> int:
     from r3jax.model.tensor_files import TensorFiles
 
-    sizes = []
-    for shape in TensorFiles(folder).shapes.values():
-        size = 2  # bytes of bf16
-        for n in shape:
-            size *= n
-        sizes.append(size)
-    return max(sizes)
+    return max(2 * math.prod(shape) for shape in TensorFiles(folder).shapes.values())  # two bytes a weight
 
 
 def in_a_process(what: str, *args: str, devices: int = 1) -> dict:

@@ -7,6 +7,7 @@ Control tokens that a text spells out are asked to stay text; their ids may then
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -66,7 +67,7 @@ def write_weights(folder: pathlib.Path, params, model: ModelConfig, shard_bytes:
     """
     flat, places = flatten(params), layout(model)
     dtype = flat["final_norm/scale"].dtype
-    sizes = {key: dtype.itemsize * _size(place.theirs) for key, place in places.items()}
+    sizes = {key: dtype.itemsize * math.prod(place.theirs) for key, place in places.items()}
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for key, size in sizes.items():
@@ -193,13 +194,6 @@ def card(what: Exported) -> str:
 
 def _fenced(text: str) -> str:
     return f"```text\n{text}\n```"
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 def _json(path: pathlib.Path, content: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from r3jax import assembly, convert, export
+from r3jax import assembly, convert, export, train
 from r3jax.errors import UserError
 from r3jax.model.encoder import encode_rows
 from r3jax.model.hugging_face import load_hugging_face
@@ -107,7 +107,9 @@ def test_sentence_transformers_gives_our_direct_vectors(case, tmp_path):
     assert cosine(model.encode(TEXTS), documents).min() >= 0.99999
     assert cosine(model.encode_query(TEXTS), case.ours(chat.direct_queries(TEXTS, QUERY))).min() >= 0.99999
     assert model.similarity_fn_name == "cosine"
-    # Neither does what it saves.
+    other = ChatFormat(chat.tokenizer, dataclasses.replace(chat.prompts, direct_system="Other."))
+    assert cosine(model.encode(TEXTS[0], prompt="Other."), case.ours(other.documents(TEXTS[:1], DOC))).min() >= 0.99999
+    # what it saves is the same model
     model.save_pretrained(str(tmp_path), create_model_card=False)
     again = SentenceTransformer(str(tmp_path), device="cpu")
     assert cosine(again.encode_document(TEXTS), documents).min() >= 0.99999
@@ -226,6 +228,8 @@ def test_an_imported_checkpoint_is_a_run(case, tmp_path, settings_too):
             THOUGHT,
         )
     assert assembly.is_run(str(run)) and not assembly.is_trained(str(run)) and assembly.is_trained(str(case.run))
+    for start, plan in ((run, ["sft", "rl"]), (case.run, ["rl"]), (source, ["sft", "rl"])):
+        assert train.stages_of(fixtures.config(case.run.parent, init_from=start)) == plan
     # and it can be published again
     convert.main(["export", str(run), str(tmp_path / "out")])
     want = load_hugging_face(source, case.parts.model, case.parts.mesh, None)

@@ -34,13 +34,13 @@ def shape(size: str, **changes) -> ModelConfig:
 def scaled(size: str, by: int) -> ModelConfig:
     """The published head counts and proportions; two layers, everything else `by` times smaller."""
     c = shape(size)
-    return dataclasses.replace(c, layers=2, width=c.width // by, head_dim=c.head_dim // by, ffn=c.ffn // by, vocab=1024)
+    return dataclasses.replace(c, layers=2, width=c.width // by, head_dim=c.head_dim // by, ffn=c.ffn // by, vocab=512)
 
 
 SHAPES = {
-    "1_5b": (scaled("1_5b", 8), (1, 1, 1)),
-    "3b": (scaled("3b", 8), (1, 1, 1)),
-    "7b": (scaled("7b", 8), (1, 2, 4)),
+    "1_5b": (scaled("1_5b", 16), (1, 1, 1)),
+    "3b": (scaled("3b", 16), (1, 1, 1)),
+    "7b": (scaled("7b", 16), (1, 2, 4)),
     "72b": (scaled("72b", 16), (1, 1, 1)),
 }
 
