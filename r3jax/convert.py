@@ -1,10 +1,11 @@
 """Published checkpoints in, published checkpoints out.
 
     python -m r3jax.convert import SRC DST [--config=FILE[:SIZE]] [--config.KEY=VALUE ...]
-    python -m r3jax.convert export RUN DST [--stage=sft|rl] [--shard-size=MIB]
+    python -m r3jax.convert export RUN DST [--stage=sft|rl] [--shard-size=MIB] [--merge-lora]
 
 `import` makes a run of a Hugging Face folder or hub id: it can be evaluated and be the init_from of other runs.
-`export` makes a folder for transformers, sentence-transformers (direct mode) and r3jax from a run's best weights.
+`export` makes a folder for transformers, sentence-transformers (direct mode) and r3jax from a run's best weights. Of a
+run with an adapter it is the adapter, for PEFT; --merge-lora makes ordinary weights of it and its base.
 DST must not exist, or be empty; it appears whole or not at all. For example:
 
     python -m r3jax.convert import Qwen/Qwen2.5-0.5B-Instruct runs/qwen-0.5b
@@ -24,7 +25,9 @@ from ml_collections import ConfigDict
 
 from r3jax import assembly, export
 from r3jax.errors import UserError
+from r3jax.model import lora
 from r3jax.model.hub import local_folder
+from r3jax.model.peft import export_adapter
 from r3jax.results import table
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
@@ -36,6 +39,7 @@ from r3jax.text.prompts import ChatFormat, Prompts
 ENTRY = "r3jax.convert"
 BASE = "configs/base.py:qwen2_5_0_5b"  # for all but the sizes
 MIB = 2**20
+MERGE = "--merge-lora"
 EXPORT_FLAGS = {
     "stage": "sft or rl; default: the run's last",
     "shard-size": "MiB of a safetensors file at most; default: 4096",
@@ -86,6 +90,8 @@ def import_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
 
 def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
     """Makes a Hugging Face folder of a run's best weights (by validation)."""
+    merge = MERGE in argv
+    argv = [word for word in argv if word != MERGE]
     parsed = run_config.parse([f"--workdir={source}", *argv], ENTRY, EXPORT_FLAGS, config_required=False)
     config, run, flags = parsed.config, parsed.workdir, parsed.flags
     if flags["stage"] not in (None, "sft", "rl"):
@@ -100,6 +106,8 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
     stage = flags["stage"] or assembly.trained_stage(run)
     words = tokenizer.load(run / "tokenizer")
     model = assembly.model_config(config, words)
+    if merge and model.lora is None:
+        raise UserError(f"{MERGE}: {run} was trained without an adapter; leave the flag out.")
     prompts, d = Prompts(**config.prompts), config.data
     what = export.Exported(
         name=config.name,
@@ -113,8 +121,13 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
     with jax.set_mesh(mesh):
         params = assembly.load_params(run, model, mesh, stage)
         with new_folder(target) as part:
-            export.fill(part, params, what, int(size) * MIB)
-    print(f"{target}: the {stage} weights of {run}")
+            if model.lora and not merge:
+                export_adapter(part, params, model)
+                export.write_tokenizer(part, what.chat)
+                what.settings.write(part)
+            else:
+                export.fill(part, lora.merge(params, model) if merge else params, what, int(size) * MIB)
+    print(f"{target}: the {stage} {'adapter' if model.lora and not merge else 'weights'} of {run}")
 
 
 def evaluation(run: pathlib.Path) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -14,13 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r3jax import assembly, convert, export, train
 from r3jax.errors import UserError
+from r3jax.model import lora
 from r3jax.model.encoder import encode_rows
 from r3jax.model.hugging_face import load_hugging_face
 from r3jax.model.hugging_face_config import read_config
 from r3jax.model.params import flatten, shardings
+from r3jax.model.peft import import_adapter
 from r3jax.model.sharding import make_mesh
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
+from r3jax.search_r3 import SearchR3
 from r3jax.text import settings, tokenizer
 from r3jax.text.prompts import ChatFormat, Prompts
 from tests import fixtures
@@ -335,3 +339,43 @@ def test_malformed_settings_are_named(tmp_path):
         (tmp_path / settings.NAME).write_text(json.dumps(wrong))
         with pytest.raises(UserError, match="r3jax.json does not hold prompts and lengths"):
             settings.read(tmp_path)
+
+
+def test_an_adapter_is_exported_for_peft_or_merged(tmp_path):
+    run = make_run(tmp_path, **{"lora.rank": 4})
+    config = run_config.load_saved(run / run_config.SAVED_NAME)
+    words = tokenizer.load(run / "tokenizer")
+    model = assembly.model_config(config, words)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    base = weights(dataclasses.replace(model, lora=None))
+    rng = np.random.default_rng(1)
+    with jax.set_mesh(mesh):
+        base = jax.device_put(base, shardings(model, mesh))
+        adapter = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), lora.abstract(model, mesh))
+        for stage, tree in (("base", {"params": base}), ("sft", {"train": {"params": jax.device_put(adapter)}})):
+            shutil.rmtree(run / "checkpoints" / stage, ignore_errors=True)
+            checkpointer = Checkpointer(run / "checkpoints" / stage, 1)
+            checkpointer.save(0 if stage == "base" else 3, tree, meta={"data": None})
+            checkpointer.close()
+        chat = ChatFormat(words, Prompts(**config.prompts))
+        on = lora.join(base, jax.device_put(adapter))
+        want = encode_rows(on, model, mesh, chat.documents(TEXTS, DOC), batch_size=16)
+        plain = encode_rows(base, model, mesh, chat.documents(TEXTS, DOC), batch_size=16)
+    assert cosine(want, plain).min() < 0.99
+
+    convert.main(["export", str(run), str(tmp_path / "whole"), "--merge-lora"])
+    merged = SearchR3.from_pretrained(tmp_path / "whole", mesh=mesh)
+    assert merged.reader.model.lora is None
+    assert cosine(merged.encode_document(TEXTS), want).min() >= 0.99999
+    assert cosine(SearchR3.from_pretrained(run, mesh=mesh).encode_document(TEXTS), want).min() >= 0.99999
+
+    convert.main(["export", str(run), str(tmp_path / "adapter")])
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (tmp_path / "adapter").iterdir()}
+    read, _ = import_adapter(tmp_path / "adapter", dataclasses.replace(model, lora=None), mesh)
+    jax.tree.map(np.testing.assert_array_equal, read, adapter)
+
+
+def test_there_is_nothing_to_merge_without_an_adapter(tmp_path):
+    run = make_run(tmp_path)
+    with pytest.raises(UserError, match="--merge-lora: .* was trained without an adapter; leave the flag out"):
+        convert.main(["export", str(run), str(tmp_path / "out"), "--merge-lora"])
