@@ -162,7 +162,7 @@ class Parts:
 
         Raises UserError for an adapter unlike ours.
         """
-        theirs = _model_config(run_config.load_saved(run / run_config.SAVED_NAME), self.chat.tokenizer)
+        theirs = model_config(run_config.load_saved(run / run_config.SAVED_NAME), self.chat.tokenizer)
         theirs = dataclasses.replace(self.model, param_dtype=theirs.param_dtype, lora=theirs.lora)
         base, adapter = lora.split(load_params(run, theirs, self.mesh, trained_stage(run)))
         base = jax.tree.map(lambda w: w.astype(self.model.param_dtype), base)
@@ -197,7 +197,7 @@ def parts(
         )
     tokenizer = _tokenizer(config, workdir, dataset, begun)
     chat = ChatFormat(tokenizer, Prompts(**config.prompts))
-    return Parts(config, workdir, mesh, dataset, chat, _model_config(config, tokenizer))
+    return Parts(config, workdir, mesh, dataset, chat, model_config(config, tokenizer))
 
 
 def mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -426,7 +426,8 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset,
     return tokenizer
 
 
-def _model_config(config: ConfigDict, tokenizer) -> ModelConfig:
+def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
+    """The model's sizes and numerics; UserError if the tokenizer has more ids than the model has rows."""
     model = ModelConfig(**config.model)
     found = config.get("lora")  # runs from before there were adapters have none
     if found and found.rank:
