@@ -123,7 +123,11 @@ def cost(results: Mapping[str, Any]) -> list[str]:
     seconds, memory = number(results.get("seconds")), number(results.get("peak_rss_bytes"))
     if seconds is not None and memory is not None:
         lines.append(f"whole run: {seconds / 60:.1f} minutes, peak memory {memory / 2**30:.2f} GiB")
-    drift = [f"{name} {value:.4f}" for name, kl in (results.get("ability_kl") or {}).items() if (value := number(kl))]
+    drift = [
+        f"{name} {value:.4f}"
+        for name, kl in (results.get("ability_kl") or {}).items()
+        if (value := number(kl)) is not None
+    ]
     if drift:
         lines.append("KL to the base on ordinary chats, nats per token: " + ", ".join(drift))
     refresh = results.get("refresh") or {}
