@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model import params as model_params
-from r3jax.model.params import from_hugging_face
+from r3jax.model.hugging_face import from_hugging_face
 from r3jax.model.peft import export_adapter, import_adapter
 from r3jax.model.qwen2 import Lora, hidden_states, logits
 from r3jax.model.sharding import make_mesh

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from configs import base
 from r3jax.errors import UserError
 from r3jax.model.encoder import embed_jit, encode_rows
-from r3jax.model.params import to_hugging_face
+from r3jax.model.hugging_face import to_hugging_face
+from r3jax.model.hugging_face_config import to_config
 from r3jax.model.sampler import sample
 from r3jax.model.sharding import make_mesh
 from r3jax.run import config as run_config
@@ -281,19 +282,7 @@ def hugging_face(parts, model, tmp_path_factory):
     """The run's weights as an exported folder."""
     folder, m = tmp_path_factory.mktemp("hf"), parts.model
     save_file(to_hugging_face(jax.device_get(model.params), m), folder / "model.safetensors")
-    sizes = {
-        "num_hidden_layers": m.layers,
-        "hidden_size": m.width,
-        "num_attention_heads": m.heads,
-        "num_key_value_heads": m.kv_heads,
-        "head_dim": m.head_dim,
-        "intermediate_size": m.ffn,
-        "vocab_size": m.vocab,
-        "rms_norm_eps": m.norm_eps,
-        "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
-        "dtype": "float32",
-    }
+    sizes = to_config(m, bos_id=0, eos_id=1, pad_id=0)
     (folder / "config.json").write_text(json.dumps(sizes))
     parts.chat.tokenizer.save(folder)
     limits = {name: parts.config.data[name] for name in LIMITS}
