@@ -77,7 +77,7 @@ class SearchR3:
       show_progress_bar: on stderr.
       truncate_dim: keep only the first so many dimensions.
       normalize_embeddings: whether vectors that were cut to truncate_dim become unit vectors again; whole ones are.
-      return_details: an `Encoded` instead of the vectors, also for one string.
+      return_details: an `Encoded` instead of the vectors; one string is then a list of one.
     """
 
     def __init__(self, params, reader: Reader, max_document: int):
