@@ -276,7 +276,7 @@ def test_a_run_killed_again_and_again(whole, tmp_path, seed):
     kills = 0
     for _ in range(8):
         process = fixtures.run_python(*command(whole, killed))
-        time.sleep(moment.uniform(5, 15))
+        time.sleep(moment.uniform(4, 9))
         if process.poll() is None:
             process.kill()
             kills += 1
