@@ -98,6 +98,7 @@ MICRO = {
     "log.samples_every": 2,
     "evaluate.every": 20,
     "evaluate.batch_size": 32,
+    "evaluate.thoughts": 4,
     "xla_cache": XLA_CACHE,
 }
 
