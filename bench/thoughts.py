@@ -11,10 +11,11 @@ import sys
 import jax
 import numpy as np
 
-from r3jax import assembly
+from r3jax import assembly, weights
 from r3jax.data.thoughts import Thinker
 from r3jax.evaluation import metrics
 from r3jax.evaluation.significance import paired_randomisation
+from r3jax.model.sharding import make_mesh
 from r3jax.results.conditions import queries_of
 from r3jax.run import config as run_config
 from r3jax.search.index import VersionedIndex
@@ -23,10 +24,10 @@ from r3jax.search.index import VersionedIndex
 def main(folder: str, split: str = "seen") -> None:
     run = pathlib.Path(folder)
     config = run_config.load_saved(run / "config.json")
-    mesh = assembly.mesh(config)
+    mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         parts = assembly.parts(config, run, mesh)
-        params = assembly.load_params(run, parts.model, mesh, assembly.trained_stage(run))
+        params = weights.load_params(run, parts.model, mesh, weights.trained_stage(run))
         index = VersionedIndex.build(parts.encode_corpus(params), 0, "exact")
         data, reader, encode = parts.dataset, parts.reader, parts.chat.tokenizer.encode
         ids, texts = queries_of(data, split)

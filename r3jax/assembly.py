@@ -8,20 +8,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from r3jax import weights
 from r3jax.data import beir, chats, store, thoughts
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model import params as model_params
 from r3jax.model.encoder import encode_rows
 from r3jax.model.hub import local_folder
-from r3jax.model.hugging_face import load_hugging_face
-from r3jax.model.hugging_face_config import read_config
-from r3jax.model.qwen2 import Lora, ModelConfig
-from r3jax.model.sharding import batch_parts, make_mesh
+from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.sharding import batch_parts
 from r3jax.reader import Reader
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
-from r3jax.run.checkpoint import Checkpointer
 from r3jax.search.index import VersionedIndex
 from r3jax.stages import rl, sft
 from r3jax.stages.ability import Ability
@@ -30,8 +28,6 @@ from r3jax.stages.state import Stage, TrainState, abstract_state, new_state, opt
 from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
-BEST_KEY = "ndcg@10/reasoning"  # on the validation split
-IMPORTED = "imported"  # the stage of a published checkpoint that `r3jax.convert import` made a run of
 # What may differ between the command that began a run and the one that goes on with it.
 FREE = ("name", "log.", "checkpoint.", "xla_cache", "data.cache", "evaluate.max_ability_kl")
 
@@ -43,7 +39,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
     first checkpoint: whoever mends a mistake before that may use the folder again.
     """
     path = workdir / run_config.SAVED_NAME
-    begun = _trained(workdir) is not None
+    begun = weights.last_stage(workdir) is not None
     if begun:
         old = dict(run_config.leaves(run_config.load_saved(path)))
         new = dict(run_config.leaves(config))
@@ -59,25 +55,6 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
     except OSError as e:
         raise UserError(f"--workdir: cannot write to {workdir}: {e.strerror}; name another folder.") from None
     return begun
-
-
-def adopt_sizes(config: ConfigDict) -> None:
-    """Sets config.model's sizes, in place, to those in the config.json of the checkpoint that init_from names.
-
-    A run of ours keeps its own config, and random weights have none. Raises UserError for a checkpoint that is
-    neither here nor on the hub, or that the decoder does not implement.
-    """
-    if not config.init_from or is_run(config.init_from):
-        return
-    folder = local_folder(config.init_from)
-    if not any(folder.glob("*.safetensors")):
-        return  # for the rules to say
-    sizes = read_config(folder)
-    changed = {name: value for name, value in sizes.items() if config.model[name] != value}
-    if changed:
-        words = ", ".join(f"{name} {value} (not {config.model[name]})" for name, value in changed.items())
-        print(f"config.model as in {config.init_from}: {words}")
-        config.model.update(changed)
 
 
 def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -170,33 +147,13 @@ class Parts:
         return encode_rows(params, self.model, self.mesh, self.documents, batch_size=self.config.evaluate.batch_size)
 
     def initial_params(self):
-        """Random weights, or those that init_from names."""
+        """Random weights, or those that init_from names; UserError if they do not fit the config."""
         source = self.config.init_from
         if not source:
             return model_params.init(self.model, self.mesh, self.config.seed, self.chat.tokenizer.embed_id)
         folder = local_folder(source)
-        if is_run(source):
-            return self._of_run(folder)
-        return load_published(folder, self.model, self.mesh, self.chat.tokenizer)
-
-    def _of_run(self, run: pathlib.Path):
-        """The best weights of a run's last stage; its adapter goes on if ours is alike, and is merged if we have none.
-
-        Raises UserError for an adapter unlike ours.
-        """
-        theirs = model_config(run_config.load_saved(run / run_config.SAVED_NAME), self.chat.tokenizer)
-        theirs = dataclasses.replace(self.model, param_dtype=theirs.param_dtype, lora=theirs.lora)
-        base, adapter = lora.split(load_params(run, theirs, self.mesh, trained_stage(run)))
-        base = jax.tree.map(lambda w: w.astype(self.model.param_dtype), base)
-        if adapter and self.model.lora is None:
-            return lora.merge(lora.join(base, adapter), theirs)
-        if adapter and not lora.alike(theirs.lora, self.model.lora):
-            raise UserError(
-                f"config.init_from: {run} was trained with config.lora.rank={theirs.lora.rank}, "
-                f"alpha={theirs.lora.alpha:g} and targets={','.join(theirs.lora.targets)}; set the same, "
-                "or rank=0 to merge that adapter and train all weights."
-            )
-        return lora.join(base, adapter)
+        load = weights.of_another_run if weights.is_run(source) else weights.load_published
+        return load(folder, self.model, self.mesh, self.chat.tokenizer)
 
 
 def parts(
@@ -219,83 +176,23 @@ def parts(
         )
     tokenizer = _tokenizer(config, workdir, dataset, begun)
     chat = ChatFormat(tokenizer, Prompts(**config.prompts))
-    return Parts(config, workdir, mesh, dataset, chat, model_config(config, tokenizer))
-
-
-def mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    m = config.mesh
-    return make_mesh(m.data, m.fsdp, m.tensor)
-
-
-def trained_stage(run: pathlib.Path) -> str:
-    """The last stage of a run that has a checkpoint; UserError if none has."""
-    stage = _trained(run)
-    if stage is None:
-        raise UserError(f"{run} holds no checkpoint; train it first or name another run.")
-    return stage
-
-
-def _trained(run: pathlib.Path) -> str | None:
-    for stage in ("rl", "sft", IMPORTED):
-        # A checkpoint that is being written has a longer name than its step.
-        if any(step.name.isdigit() for step in (run / "checkpoints" / stage).glob("*")):
-            return stage
-    return None
-
-
-def load_params(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, stage: str):
-    """The best (by validation) weights of a stage of a run."""
-    folder = run / "checkpoints" / stage
-    checkpointer = Checkpointer(folder, keep_last=1, best_key=BEST_KEY, read_only=True)
-    step = checkpointer.best() or checkpointer.latest()
-    if step is None:
-        raise UserError(f"{run} holds no checkpoint of {stage}; train it first or name another run.")
-    target = {"params": (lora if model.lora else model_params).abstract(model, mesh)}
-    state, _ = checkpointer.restore(step, {"train": target}, partial=True)
-    checkpointer.close()
-    trained = state["train"]["params"]
-    return lora.join(_load_base(run, model, mesh), trained) if model.lora else trained
+    return Parts(config, workdir, mesh, dataset, chat, weights.model_config(config, tokenizer))
 
 
 def keep_start(p: Parts, start) -> None:
     """Keeps in the run's folder what it needs of the weights it began with: an adapter's base, the base's chats."""
     base, _ = lora.split(start)
     if p.model.lora:
-        checkpointer = Checkpointer(p.workdir / "checkpoints" / "base", keep_last=1)
-        checkpointer.save(0, {"params": base}, meta={})
-        checkpointer.close()
+        weights.save_base(p.workdir, base)
     if p.ability:
         p.ability.remember(base)
 
 
-def _load_base(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh):
-    checkpointer = Checkpointer(run / "checkpoints" / "base", keep_last=1, read_only=True)
-    state, _ = checkpointer.restore(0, {"params": model_params.abstract(model, mesh)})
-    checkpointer.close()
-    return state["params"]
-
-
-def load_published(folder: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, tokenizer):
-    """The weights of a Hugging Face folder; the row of an embed token that is new to it becomes the mean."""
-    new = None if tokenizers.has_embed_token(folder) else tokenizer.embed_id
-    return load_hugging_face(folder, model, mesh, new)
-
-
-def is_run(init_from: str) -> bool:
-    """Whether init_from is a run of ours, not a Hugging Face folder or nothing."""
-    return bool(init_from) and (pathlib.Path(init_from) / "checkpoints").is_dir()
-
-
-def is_trained(init_from: str) -> bool:
-    """Whether init_from is a run of ours that went through a stage, and was not only imported."""
-    return is_run(init_from) and trained_stage(pathlib.Path(init_from)) != IMPORTED
-
-
 def start_name(config: ConfigDict, plan: list[str]) -> str:
     """What to call the weights a run begins with, beside the stages of its plan."""
-    if not is_trained(config.init_from):
+    if not weights.is_trained(config.init_from):
         return "untrained"
-    stage = trained_stage(pathlib.Path(config.init_from))
+    stage = weights.trained_stage(pathlib.Path(config.init_from))
     return "start" if stage in plan else stage
 
 
@@ -333,7 +230,7 @@ def to_keep(state: TrainState, p: Parts) -> TrainState:
 
 def restored(state: TrainState, p: Parts) -> TrainState:
     """The inverse of `to_keep`."""
-    return state.replace(reference=_load_base(p.workdir, p.model, p.mesh)) if p.model.lora else state
+    return state.replace(reference=weights.load_base(p.workdir, p.model, p.mesh)) if p.model.lora else state
 
 
 def _optimiser(name: str, config: ConfigDict):
@@ -458,16 +355,3 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset,
         tokenizer = tokenizers.train_bpe(texts + words * (len(texts) // 10), t.vocab_size, t.lowercase)
     tokenizer.save(kept)
     return tokenizer
-
-
-def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
-    """The model's sizes and numerics; UserError if the tokenizer has more ids than the model has rows."""
-    model = ModelConfig(**config.model)
-    found = config.get("lora")  # runs from before there were adapters have none
-    if found and found.rank:
-        adapter = Lora(found.rank, float(found.alpha), found.dropout, tuple(found.targets), tokenizer.embed_id)
-        # Every use of a weight casts it to compute_dtype, so a base that is never changed loses nothing by it.
-        model = dataclasses.replace(model, lora=adapter, param_dtype=model.compute_dtype)
-    if tokenizer.size > model.vocab:
-        raise UserError(f"config.model.vocab={model.vocab} must be at least the tokenizer's {tokenizer.size} ids.")
-    return model

@@ -23,11 +23,12 @@ from collections.abc import Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from r3jax import assembly, export
+from r3jax import export, weights
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model.hub import local_folder
 from r3jax.model.peft import export_adapter
+from r3jax.model.sharding import make_mesh
 from r3jax.results import table
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
@@ -64,24 +65,24 @@ def import_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
     config = parsed.config
     check_target(target)
     folder = local_folder(source, "SRC")
-    if assembly.is_run(source):
+    if weights.is_run(source):
         raise UserError(f"SRC names {source!r}, which is a run already; give a Hugging Face folder or a hub id.")
     begin = time.time()
     config.init_from, config.name = source, target.name
     if known := settings.read(folder):
         config.prompts.update(vars(known.prompts))
         config.data.update({name: value for name, value in vars(known).items() if name != "prompts"})
-    assembly.adopt_sizes(config)
+    weights.adopt_sizes(config)
     checked = ("init_from", "from_scratch", "tokenizer", "model", "mesh", "evaluate")
     run_config.validate(ConfigDict({name: config[name] for name in checked}))
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
-    mesh = assembly.mesh(config)
+    mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh), new_folder(target) as part:
         words = tokenizer.load(config.tokenizer.path or folder)
-        params = assembly.load_published(folder, assembly.model_config(config, words), mesh, words)
+        params = weights.load_published(folder, weights.model_config(config, words), mesh, words)
         words.save(part / "tokenizer")
         run_config.save(config, part / run_config.SAVED_NAME)
-        checkpointer = Checkpointer(part / "checkpoints" / assembly.IMPORTED, keep_last=1)
+        checkpointer = Checkpointer(part / "checkpoints" / weights.IMPORTED, keep_last=1)
         checkpointer.save(0, {"train": {"params": params}}, meta={"data": None})
         checkpointer.close()
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -103,9 +104,9 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
         raise UserError(f"{run} is not the folder of a run; name one that train.py or import made.")
     run_config.validate(ConfigDict({name: config[name] for name in ("model", "mesh")}))
     check_target(target)
-    stage = flags["stage"] or assembly.trained_stage(run)
+    stage = flags["stage"] or weights.trained_stage(run)
     words = tokenizer.load(run / "tokenizer")
-    model = assembly.model_config(config, words)
+    model = weights.model_config(config, words)
     if merge and model.lora is None:
         raise UserError(f"{MERGE}: {run} was trained without an adapter; leave the flag out.")
     prompts, d = Prompts(**config.prompts), config.data
@@ -117,9 +118,9 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
         evaluation=evaluation(run),
     )
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
-    mesh = assembly.mesh(config)
+    mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        params = assembly.load_params(run, model, mesh, stage)
+        params = weights.load_params(run, model, mesh, stage)
         with new_folder(target) as part:
             if model.lora and not merge:
                 export_adapter(part, params, model)

@@ -12,8 +12,9 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from r3jax import assembly
+from r3jax import assembly, weights
 from r3jax.errors import UserError
+from r3jax.model.sharding import make_mesh
 from r3jax.results import table
 from r3jax.results.comparison import compare
 from r3jax.run import config as run_config
@@ -40,17 +41,17 @@ def main(argv: list[str]) -> None:
     run_config.validate(
         ConfigDict({name: config[name] for name in ("model", "lora", "mesh", "evaluate") if name in config})
     )
-    stage = flags["stage"] or assembly.trained_stage(workdir)
+    stage = flags["stage"] or weights.trained_stage(workdir)
     splits = tuple((flags["split"] or ",".join(config.data.eval_splits)).split(","))
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
-    mesh = assembly.mesh(config)
+    mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         parts = assembly.parts(config, workdir, mesh, flags["data"])
         known = parts.dataset.qrels
         for split in splits:
             if split not in known:
                 raise UserError(f"--split: {parts.dataset.name} has no {split!r}; it has {', '.join(known)}.")
-        params = assembly.load_params(workdir, parts.model, mesh, stage)
+        params = weights.load_params(workdir, parts.model, mesh, stage)
         out = pathlib.Path(flags["out"] or workdir / "evaluation" / f"{parts.dataset.name}-{'-'.join(splits)}")
         try:
             out.mkdir(parents=True, exist_ok=True)

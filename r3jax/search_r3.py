@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from r3jax import assembly
+from r3jax import weights
 from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face_config import read_config, read_dtype
 from r3jax.model.qwen2 import ModelConfig
@@ -120,7 +120,7 @@ class SearchR3:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
         folder = local_folder(str(path), "path")
         mesh = mesh or make_mesh()
-        load = _load_run if assembly.is_run(str(folder)) else _load_hugging_face
+        load = _load_run if weights.is_run(str(folder)) else _load_hugging_face
         params, model, chat, limits = load(folder, mesh, dtype)
         reader = Reader(
             model=model,
@@ -321,11 +321,11 @@ def _load_run(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None) 
     quiet_libraries()  # of reading checkpoints
     config = run_config.load_saved(folder / run_config.SAVED_NAME)
     tokenizer = tokenizers.load(folder / "tokenizer")
-    model = assembly.model_config(config, tokenizer)
+    model = weights.model_config(config, tokenizer)
     if dtype:
         model = dataclasses.replace(model, compute_dtype=dtype)
     limits = {name: config.data[name] for name in LIMITS} | {"batch_size": config.evaluate.batch_size}
-    params = assembly.load_params(folder, model, mesh, assembly.trained_stage(folder))
+    params = weights.load_params(folder, model, mesh, weights.trained_stage(folder))
     return params, model, ChatFormat(tokenizer, Prompts(**config.prompts)), limits
 
 
@@ -337,5 +337,5 @@ def _load_hugging_face(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str
     prompts, limits = Prompts(), dict(LIMITS)
     if known := settings.read(folder):
         prompts, limits = known.prompts, {name: getattr(known, name) for name in LIMITS}
-    params = assembly.load_published(folder, model, mesh, tokenizer)
+    params = weights.load_published(folder, model, mesh, tokenizer)
     return params, model, ChatFormat(tokenizer, prompts), limits

@@ -13,9 +13,10 @@ import time
 import jax
 import numpy as np
 
-from r3jax import assembly
-from r3jax.assembly import BEST_KEY, Parts
+from r3jax import assembly, weights
+from r3jax.assembly import Parts
 from r3jax.errors import UserError
+from r3jax.model.sharding import make_mesh
 from r3jax.results import table
 from r3jax.results.comparison import compare, refresh_figures
 from r3jax.results.conditions import evaluate
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
     parsed = run_config.parse(argv, "r3jax.train")
     config, workdir = parsed.config, parsed.workdir
     quiet_libraries()
-    assembly.adopt_sizes(config)
+    weights.adopt_sizes(config)
     run_config.validate(config)
     plan = stages_of(config)
     resuming = assembly.claim(workdir, config)
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     clock = {"start": time.time(), "before": 0.0}
 
     # Mesh, input, model
-    mesh = assembly.mesh(config)
+    mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         assembly.check_batches(config, mesh)
         parts = assembly.parts(config, workdir, mesh, begun=resuming)
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
 
         # Stages: those done are passed over, the one that was stopped is resumed
         checkpointers = {
-            name: Checkpointer(workdir / "checkpoints" / name, config.checkpoint.keep, best_key=BEST_KEY)
+            name: Checkpointer(workdir / "checkpoints" / name, config.checkpoint.keep, best_key=weights.BEST_KEY)
             for name in plan
         }
         begun = [name for name in plan if checkpointers[name].latest() is not None]
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
                 log = RunLog(workdir, resume_offset=meta["log"])
                 log.say(f"stage {name}: going on from step {int(state.step)} of {stage.steps}")
             else:
-                start = assembly.load_params(workdir, parts.model, mesh, plan[i - 1]) if i else parts.initial_params()
+                start = weights.load_params(workdir, parts.model, mesh, plan[i - 1]) if i else parts.initial_params()
                 if not i:
                     assembly.keep_start(parts, start)
                 stage, state = (
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
         def models():
             for name in (start, *plan):
                 trained = name in plan
-                params = assembly.load_params(workdir, parts.model, mesh, name) if trained else parts.initial_params()
+                params = weights.load_params(workdir, parts.model, mesh, name) if trained else parts.initial_params()
                 if parts.ability:
                     ability[name] = parts.ability.kl(params)
                 yield name, params
@@ -123,7 +124,7 @@ def main(argv: list[str]) -> None:
 def stages_of(config) -> list[str]:
     """The stages to run: those with steps; a config of both starts at the second when init_from is a trained run."""
     plan = [name for name in ("sft", "rl") if name in config and config[name].steps]
-    if "rl" in plan and assembly.is_trained(config.init_from):
+    if "rl" in plan and weights.is_trained(config.init_from):
         plan = ["rl"]
     if not plan:
         fields = " and ".join(f"config.{name}.steps" for name in ("sft", "rl") if name in config)
@@ -179,7 +180,7 @@ def run_stage(
                 if measuring:
                     scores = validate(state.weights, parts)
                     log.write(stage.name, step, {f"eval/{name}": value for name, value in scores.items()})
-                    progress.update(step, {"validation " + BEST_KEY: scores[BEST_KEY]})
+                    progress.update(step, {"validation " + weights.BEST_KEY: scores[weights.BEST_KEY]})
                     ability = scores.get("ability_kl")
                 crossed = ability is not None and 0 < config.evaluate.max_ability_kl < ability
                 meta = {

@@ -13,7 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from r3jax import assembly, convert, export, train
+from r3jax import assembly, convert, export, train, weights
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model.encoder import encode_rows
@@ -21,6 +21,7 @@ from r3jax.model.hugging_face import load_hugging_face
 from r3jax.model.hugging_face_config import read_config
 from r3jax.model.params import flatten, shardings
 from r3jax.model.peft import import_adapter
+from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import make_mesh
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
@@ -29,7 +30,8 @@ from r3jax.text import settings, tokenizer
 from r3jax.text.prompts import ChatFormat, Prompts
 from tests import fixtures
 from tests.test_hugging_face import bits
-from tests.tiny_model import reference, weights
+from tests.tiny_model import reference
+from tests.tiny_model import weights as random_weights
 
 QUERY, DOC, THOUGHT = 9, 14, 6  # tokens
 TEXTS = [
@@ -53,7 +55,7 @@ def make_run(folder: pathlib.Path, **changes) -> pathlib.Path:
     parts = fixtures.parts(folder, **changes)
     parts.chat.tokenizer.save(folder / "run" / "tokenizer")
     run_config.save(parts.config, folder / "run" / run_config.SAVED_NAME)
-    params = jax.device_put(weights(parts.model), shardings(parts.model, parts.mesh))
+    params = jax.device_put(random_weights(parts.model), shardings(parts.model, parts.mesh))
     checkpointer = Checkpointer(folder / "run" / "checkpoints" / "sft", 1)
     checkpointer.save(3, {"train": {"params": params}}, meta={"data": None})
     checkpointer.close()
@@ -88,9 +90,9 @@ def case(request, tmp_path_factory):
     mesh = make_mesh(devices=jax.devices()[:1])
     words = tokenizer.load(run / "tokenizer")
     chat = ChatFormat(words, Prompts(**config.prompts))
-    parts = assembly.Parts(config, run, mesh, None, chat, assembly.model_config(config, words))
+    parts = assembly.Parts(config, run, mesh, None, chat, weights.model_config(config, words))
     with jax.set_mesh(mesh):
-        params = assembly.load_params(run, parts.model, mesh, "sft")
+        params = weights.load_params(run, parts.model, mesh, "sft")
     return Case(run, folder / "out", params, parts)
 
 
@@ -194,11 +196,11 @@ def exported(case: Case) -> export.Exported:
 def test_an_exported_folder_is_a_start(case, tmp_path, capsys):
     """Its config.json decides the sizes, its weights and tokenizer are taken as they are."""
     config = fixtures.config(case.run.parent, init_from=case.folder, model__layers=5, model__vocab=600)
-    assembly.adopt_sizes(config)
+    weights.adopt_sizes(config)
     assert re.search(r"config.model as in .*: .*layers 2 \(not 5\)", capsys.readouterr().out)
     run_config.validate(config)
     assert run_config.load_saved(case.run / "config.json").model == config.model
-    assembly.adopt_sizes(config)
+    weights.adopt_sizes(config)
     assert capsys.readouterr().out == ""  # nothing differs any more
     mesh = make_mesh()
     with jax.set_mesh(mesh):
@@ -230,7 +232,7 @@ def test_an_imported_checkpoint_is_a_run(case, tmp_path, settings_too):
             DOC,
             THOUGHT,
         )
-    assert assembly.is_run(str(run)) and not assembly.is_trained(str(run)) and assembly.is_trained(str(case.run))
+    assert weights.is_run(str(run)) and not weights.is_trained(str(run)) and weights.is_trained(str(case.run))
     for start, plan in ((run, ["sft", "rl"]), (case.run, ["rl"]), (source, ["sft", "rl"])):
         assert train.stages_of(fixtures.config(case.run.parent, init_from=start)) == plan
     # and it can be published again
@@ -249,7 +251,7 @@ def shared(tmp_path_factory):
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("something")
     for name, change in (("theirs", {}), ("sliding", {"use_sliding_window": True}), ("deep", {"num_hidden_layers": 3})):
-        model = reference(assembly.ModelConfig(**fixtures.config(folder).model))
+        model = reference(ModelConfig(**fixtures.config(folder).model))
         model.save_pretrained(folder / name)
         (folder / name / "tokenizer.json").write_text((folder / "run" / "tokenizer" / "tokenizer.json").read_text())
         raw = json.loads((folder / name / "config.json").read_text())
@@ -344,9 +346,9 @@ def test_an_adapter_is_exported_for_peft_or_merged(tmp_path):
     run = make_run(tmp_path, **{"lora.rank": 4})
     config = run_config.load_saved(run / run_config.SAVED_NAME)
     words = tokenizer.load(run / "tokenizer")
-    model = assembly.model_config(config, words)
+    model = weights.model_config(config, words)
     mesh = make_mesh(devices=jax.devices()[:1])
-    base = weights(dataclasses.replace(model, lora=None))
+    base = random_weights(dataclasses.replace(model, lora=None))
     rng = np.random.default_rng(1)
     with jax.set_mesh(mesh):
         base = jax.device_put(base, shardings(model, mesh))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from r3jax import assembly, evaluate, train
+from r3jax import assembly, evaluate, train, weights
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model import params as model_params
@@ -184,7 +184,7 @@ def test_stage_2_goes_on_with_the_adapter_of_stage_1(stage_1, tmp_path):
     parts = fixtures.parts(trained, init_from=run, **LORA)
     with jax.set_mesh(parts.mesh):
         models = [
-            assembly.load_params(f, parts.model, parts.mesh, s) for f, s in ((run, "sft"), (tmp_path / "run", "rl"))
+            weights.load_params(f, parts.model, parts.mesh, s) for f, s in ((run, "sft"), (tmp_path / "run", "rl"))
         ]
         same_bits(*jax.device_get([lora.split(m)[0] for m in models]))
 
