@@ -142,6 +142,14 @@ def announce(name: str, plan: list[str], parts: Parts, stage: Stage) -> str:
             f"model: {m.layers} layers, width {m.width}, vocabulary {m.vocab:,}; "
             f"mesh {dict(parts.mesh.shape)}",
         )
+        widest = parts.chat.direct_extra + parts.config.data.max_doc_tokens
+        full = sum(len(row) == widest for row in parts.documents)
+        if full:
+            lines.insert(
+                1,
+                f"{full / len(parts.documents):.1%} of the documents fill data.max_doc_tokens="
+                f"{parts.config.data.max_doc_tokens}; what lies beyond is not read",
+            )
         if data.skipped:
             lines.insert(1, f"{len(data.skipped)} bad lines dropped, the first: {data.skipped[0]}")
         if name == "sft" and "rl" in plan:
