@@ -50,7 +50,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 # tiny: to name nearly every concept beats naming the three rarest, .246 (8) and .242 (10) against .212,
                 # after stage 1 on an earlier, smaller split, for a repeated query is read with all of it in sight.
                 "thought_query_terms": 10 if tiny else 0,
-                "thought_document_terms": 3 if tiny else 0,
+                "thought_document_terms": 6 if tiny else 0,
                 "hard_negatives": False,  # one BM25 neighbour of the positive document per query
                 "workers": 0,
                 "cache": ".cache/data",
