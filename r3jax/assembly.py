@@ -152,8 +152,10 @@ class Parts:
         if not source:
             return model_params.init(self.model, self.mesh, self.config.seed, self.chat.tokenizer.embed_id)
         folder = local_folder(source)
-        load = weights.of_another_run if weights.is_run(source) else weights.load_published
-        return load(folder, self.model, self.mesh, self.chat.tokenizer)
+        given = (folder, self.model, self.mesh, self.chat.tokenizer)
+        if weights.is_run(source):
+            return weights.of_another_run(*given)
+        return weights.load_published(*given, words=self.config.tokenizer.path)
 
 
 def parts(

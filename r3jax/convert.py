@@ -27,6 +27,7 @@ from r3jax import export, weights
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model.hub import local_folder
+from r3jax.model.hugging_face_config import read_dtype
 from r3jax.model.peft import export_adapter
 from r3jax.model.sharding import make_mesh
 from r3jax.results import table
@@ -38,7 +39,8 @@ from r3jax.text import settings, tokenizer
 from r3jax.text.prompts import ChatFormat, Prompts
 
 ENTRY = "r3jax.convert"
-BASE = "configs/base.py:qwen2_5_0_5b"  # for all but the sizes
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+BASE = f"{CONFIGS / 'base.py'}:qwen2_5_0_5b"  # for all but the sizes
 MIB = 2**20
 MERGE = "--merge-lora"
 EXPORT_FLAGS = {
@@ -69,17 +71,19 @@ def import_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
         raise UserError(f"SRC names {source!r}, which is a run already; give a Hugging Face folder or a hub id.")
     begin = time.time()
     config.init_from, config.name = source, target.name
-    if known := settings.read(folder):
-        config.prompts.update(vars(known.prompts))
-        config.data.update({name: value for name, value in vars(known).items() if name != "prompts"})
-    weights.adopt_sizes(config)
+    weights.adopt(config, parsed.given, limits=True)
+    if "model.param_dtype" not in parsed.given:
+        config.model.param_dtype = read_dtype(folder)
+    if config.lora.rank:
+        raise UserError(f"config.lora.rank is {config.lora.rank}; import first, then train the adapter from that run.")
     checked = ("init_from", "from_scratch", "tokenizer", "model", "mesh", "evaluate")
     run_config.validate(ConfigDict({name: config[name] for name in checked}))
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh), new_folder(target) as part:
         words = tokenizer.load(config.tokenizer.path or folder)
-        params = weights.load_published(folder, weights.model_config(config, words), mesh, words)
+        model = weights.model_config(config, words)
+        params = weights.load_published(folder, model, mesh, words, config.tokenizer.path)
         words.save(part / "tokenizer")
         run_config.save(config, part / run_config.SAVED_NAME)
         checkpointer = Checkpointer(part / "checkpoints" / weights.IMPORTED, keep_last=1)

@@ -88,10 +88,10 @@ class SearchR3:
     def from_pretrained(
         cls,
         path: str | pathlib.Path,
-        *,
         max_length: int | None = None,
-        max_thought_length: int | None = None,
         batch_size: int | None = None,
+        *,
+        max_thought_length: int | None = None,
         dtype: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "SearchR3":
@@ -101,8 +101,8 @@ class SearchR3:
           path: a folder, or `owner/name` on the hub. A Hugging Face folder may hold r3jax.json with the model's own
             prompts and limits.
           max_length: tokens of a text that are read (the chat around it comes on top); default: as trained.
-          max_thought_length: tokens that the model may write; default: as trained.
           batch_size: default of the methods' batch_size.
+          max_thought_length: tokens that the model may write; default: as trained.
           dtype: float32 or bfloat16, to compute in (and, from a Hugging Face folder, to keep the weights in);
             default: the folder's own.
           mesh: of `r3jax.model.sharding.make_mesh`; default: weights split over all devices.

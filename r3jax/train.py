@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parsed = run_config.parse(argv, "r3jax.train")
     config, workdir = parsed.config, parsed.workdir
     quiet_libraries()
-    weights.adopt_sizes(config)
+    weights.adopt(config, parsed.given)
     run_config.validate(config)
     plan = stages_of(config)
     resuming = assembly.claim(workdir, config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 
 import jax
 from ml_collections import ConfigDict
@@ -15,9 +16,11 @@ from r3jax.model.hugging_face_config import read_config
 from r3jax.model.qwen2 import Lora, ModelConfig
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
+from r3jax.text import settings
 from r3jax.text import tokenizer as tokenizers
 
 BEST_KEY = "ndcg@10/reasoning"  # on the validation split
+OURS = ("compute_dtype", "param_dtype", "remat", "lora")  # of ModelConfig: a choice of whoever trains
 IMPORTED = "imported"  # the stage of a published checkpoint that `r3jax.convert import` made a run of
 
 
@@ -97,29 +100,60 @@ def of_another_run(run: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mes
     return lora.join(base, adapter)
 
 
-def load_published(folder: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, tokenizer):
-    """The weights of a Hugging Face folder; the row of an embed token that is new to it becomes the mean."""
-    new = None if tokenizers.has_embed_token(folder) else tokenizer.embed_id
-    return load_hugging_face(folder, model, mesh, new)
+def load_published(folder: pathlib.Path, model: ModelConfig, mesh: jax.sharding.Mesh, tokenizer, words: str = ""):
+    """The weights of a Hugging Face folder; the row of an embed token that is new to it becomes the mean.
 
-
-def adopt_sizes(config: ConfigDict) -> None:
-    """Sets config.model's sizes, in place, to those in the config.json of the checkpoint that init_from names.
-
-    A run of ours keeps its own config, and random weights have none. Raises UserError for a checkpoint that is
-    neither here nor on the hub, or that the decoder does not implement.
+    `words` is the folder that `tokenizer` came from, if it was another. Raises UserError for a checkpoint that does
+    not fit the model or the tokenizer.
     """
-    if not config.init_from or is_run(config.init_from):
+    learnt = tokenizers.own_embed_id(folder)
+    if learnt is None:
+        learnt = tokenizers.own_embed_id(words or folder)
+    if learnt not in (None, tokenizer.embed_id):
+        raise UserError(
+            f"{folder} has {tokenizers.EMBED_TOKEN} as token {learnt}, the tokenizer as {tokenizer.embed_id}; "
+            "use the checkpoint's own tokenizer."
+        )
+    if tokenizer.size > model.vocab:
+        raise UserError(
+            f"{folder} has {model.vocab} embedding rows for the {tokenizer.size} ids of the tokenizer with "
+            f"{tokenizers.EMBED_TOKEN}; resize its embeddings to at least {tokenizer.size} rows."
+        )
+    return load_hugging_face(folder, model, mesh, tokenizer.embed_id if learnt is None else None)
+
+
+def adopt(config: ConfigDict, given: Collection[str] = (), limits: bool = False) -> None:
+    """Takes over, in place, what the run or the checkpoint that init_from names decides, and prints what changed.
+
+    That is the model: sizes, tying, rotary positions, norms; and the prompts it was trained with, if it tells them
+    (with `limits` also the lengths of its texts). Keys that the command line has `given` stay, but for the model's.
+    Raises UserError for a checkpoint that is neither here nor on the hub, or that the decoder does not implement.
+    """
+    source = config.init_from
+    if not source:
         return
-    folder = local_folder(config.init_from)
-    if not any(folder.glob("*.safetensors")):
+    folder = local_folder(source)
+    if is_run(source):
+        saved = run_config.load_saved(folder / run_config.SAVED_NAME)
+        fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}  # old runs lack some
+        found = {f"model.{x}": saved.model.get(x, default) for x, default in fields.items() if x not in OURS}
+        prompts, lengths = saved.prompts, saved.data
+    elif any(folder.glob("*.safetensors")):
+        found = {f"model.{name}": value for name, value in read_config(folder).items()}
+        known = settings.read(folder)
+        prompts, lengths = (vars(known.prompts), vars(known)) if known else ({}, {})
+    else:
         return  # for the rules to say
-    sizes = read_config(folder)
-    changed = {name: value for name, value in sizes.items() if config.model[name] != value}
+    told = {f"prompts.{name}": prompts[name] for name in prompts}
+    if limits and lengths:
+        told |= {f"data.{name}": lengths[name] for name in settings.LIMITS}
+    found |= {name: value for name, value in told.items() if name not in given}
+    now = dict(run_config.leaves(config))
+    changed = {name: value for name, value in found.items() if now[name] != value}
     if changed:
-        words = ", ".join(f"{name} {value} (not {config.model[name]})" for name, value in changed.items())
-        print(f"config.model as in {config.init_from}: {words}")
-        config.model.update(changed)
+        words = ", ".join(f"{name}={value!r} (not {now[name]!r})" for name, value in changed.items())
+        print(f"config as in {source}: {words}")
+        config.update_from_flattened_dict(changed)
 
 
 def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelConfig:

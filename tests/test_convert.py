@@ -196,11 +196,11 @@ def exported(case: Case) -> export.Exported:
 def test_an_exported_folder_is_a_start(case, tmp_path, capsys):
     """Its config.json decides the sizes, its weights and tokenizer are taken as they are."""
     config = fixtures.config(case.run.parent, init_from=case.folder, model__layers=5, model__vocab=600)
-    weights.adopt_sizes(config)
-    assert re.search(r"config.model as in .*: .*layers 2 \(not 5\)", capsys.readouterr().out)
+    weights.adopt(config)
+    assert re.search(r"config as in .*: .*model.layers=2 \(not 5\)", capsys.readouterr().out)
     run_config.validate(config)
     assert run_config.load_saved(case.run / "config.json").model == config.model
-    weights.adopt_sizes(config)
+    weights.adopt(config)
     assert capsys.readouterr().out == ""  # nothing differs any more
     mesh = make_mesh()
     with jax.set_mesh(mesh):
@@ -209,6 +209,51 @@ def test_an_exported_folder_is_a_start(case, tmp_path, capsys):
     assert all(bits(leaf) == bits(params[name]) for name, leaf in flatten(case.params).items())
     assert parts.chat.tokenizer.encode("delete") == case.parts.chat.tokenizer.encode("delete")
     assert assembly.start_name(config, ["sft", "rl"]) == "untrained"
+
+
+def test_a_run_decides_the_model_and_its_prompts_too(case, tmp_path, capsys):
+    """Whatever the command says of positions or tying, the weights are read as they were trained."""
+    run = tmp_path / "run"
+    shutil.copytree(case.run, run)
+    saved = run_config.load_saved(run / "config.json")
+    saved.model.rope_theta, saved.model.norm_eps, saved.prompts.direct_system = 1e4, 1e-5, "its own"
+    run_config.save(saved, run / "config.json")
+    config = fixtures.config(case.run.parent, init_from=run, model__tied=not saved.model.tied)
+    limit = config.data.max_query_tokens
+    weights.adopt(config)
+    assert config.model == saved.model and config.prompts == saved.prompts
+    assert config.data.max_query_tokens == limit
+    said = capsys.readouterr().out
+    assert "model.rope_theta=10000.0 (not 1000000.0)" in said and "prompts.direct_system='its own'" in said
+    config.prompts.direct_system = "the command's"
+    weights.adopt(config, given=("prompts.direct_system",))
+    assert config.prompts.direct_system == "the command's"
+
+
+def test_an_embedding_row_is_kept_where_it_was_learnt(case, tmp_path):
+    """A folder without a tokenizer is read with another's: what that one says of the embed token counts."""
+    bare, words = tmp_path / "bare", tokenizer.load(case.folder)
+    shutil.copytree(case.folder, bare)
+    (bare / "tokenizer.json").unlink()
+    mesh = make_mesh()
+    row = np.asarray(flatten(case.params)["embed/table"])[words.embed_id]
+
+    def loaded(folder, **where):
+        with jax.set_mesh(mesh):
+            tree = weights.load_published(folder, case.parts.model, mesh, words, **where)
+        return np.asarray(flatten(tree)["embed/table"])[words.embed_id]
+
+    assert bits(loaded(bare, words=str(case.folder))) == bits(row) == bits(loaded(case.folder))
+    assert bits(loaded(bare)) != bits(row)
+    few = dataclasses.replace(case.parts.model, vocab=words.size - 1)
+    with pytest.raises(UserError, match=f"resize its embeddings to at least {words.size} rows"):
+        weights.load_published(case.folder, few, mesh, words)
+    moved = (case.folder / "tokenizer.json").read_text().replace(tokenizer.EMBED_TOKEN, "<|another|>")
+    (bare / "tokenizer.json").write_text(moved)
+    other = tokenizer.load(bare)
+    assert other.embed_id != words.embed_id
+    with pytest.raises(UserError, match="use the checkpoint's own tokenizer"):
+        weights.load_published(case.folder, case.parts.model, mesh, other)
 
 
 @pytest.mark.parametrize("settings_too", [True, False])

@@ -34,12 +34,14 @@ SAVED_NAME = "config.json"
 class Parsed:
     """What a command line says: the locked config, the folder of the run, and the entry point's own flags.
 
-    `flags` has every name that the entry point declared; None for those not given.
+    `flags` has every name that the entry point declared; None for those not given. `given` are the config's keys
+    that the command line sets.
     """
 
     config: ConfigDict
     workdir: pathlib.Path
     flags: dict[str, str | None]
+    given: frozenset[str] = frozenset()
 
 
 def parse(
@@ -82,7 +84,8 @@ def parse(
         raise UserError(f"--workdir is missing; name the folder of a run: python -m {entry} --workdir=runs/NAME")
     for key, text in overrides:
         override(config, key, text)
-    return Parsed(config, pathlib.Path(workdir or DEFAULT_RUNS / config.get("name", "run")), plain)
+    given = frozenset(key for key, _ in overrides)
+    return Parsed(config, pathlib.Path(workdir or DEFAULT_RUNS / config.get("name", "run")), plain, given)
 
 
 def load(path: str) -> ConfigDict:

@@ -11,6 +11,7 @@ from r3jax.errors import UserError
 from r3jax.text.prompts import Prompts
 
 NAME = "r3jax.json"
+LIMITS = ("max_query_tokens", "max_doc_tokens", "max_thought_tokens")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,10 +94,12 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def has_embed_token(folder: str | pathlib.Path) -> bool:
-    """Whether the tokenizer in a folder, if there is one, came with the embed token."""
+def own_embed_id(folder: str | pathlib.Path) -> int | None:
+    """The embed token's id in the tokenizer of a folder; None if there is none, or it has no such token."""
     path = pathlib.Path(folder) / "tokenizer.json"
-    return path.is_file() and EMBED_TOKEN in path.read_text(encoding="utf-8")
+    if not path.is_file() or EMBED_TOKEN not in path.read_text(encoding="utf-8"):
+        return None
+    return load(folder).embed_id
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> Tokenizer:
