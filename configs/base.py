@@ -75,6 +75,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 # Above 1: YaRN, as Qwen-2.5 documents it, for texts up to so many times rope_original_length tokens.
                 "rope_factor": 1.0,
                 "rope_original_length": 32768,
+                "max_positions": 32768,  # as a published checkpoint gives it; only handed on by an export
                 "norm_eps": 1e-6,
                 "tied": tied,
                 # float32 or bfloat16, to multiply in and to hold the weights in; see docs/architecture.md, Dtypes.

@@ -29,7 +29,8 @@ from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
 # What may differ between the command that began a run and the one that goes on with it.
-FREE = ("name", "log.", "checkpoint.", "xla_cache", "data.cache", "evaluate.max_ability_kl")
+# model.max_positions: nothing uses it, and runs from before it was kept have none.
+FREE = ("name", "log.", "checkpoint.", "xla_cache", "data.cache", "evaluate.max_ability_kl", "model.max_positions")
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:

@@ -5,7 +5,8 @@
 
 `import` makes a run of a Hugging Face folder or hub id: it can be evaluated and be the init_from of other runs.
 `export` makes a folder for transformers, sentence-transformers (direct mode) and r3jax from a run's best weights. Of a
-run with an adapter it is the adapter, for PEFT; --merge-lora makes ordinary weights of it and its base.
+run with an adapter it is the adapter, for PEFT; --merge-lora makes ordinary weights of it and its base, in float32
+also where the base is stored in bfloat16, whose rounding would undo a part of what the adapter has learnt.
 DST must not exist, or be empty; it appears whole or not at all. For example:
 
     python -m r3jax.convert import Qwen/Qwen2.5-0.5B-Instruct runs/qwen-0.5b
@@ -13,6 +14,7 @@ DST must not exist, or be empty; it appears whole or not at all. For example:
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -113,10 +115,11 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
     model = weights.model_config(config, words)
     if merge and model.lora is None:
         raise UserError(f"{MERGE}: {run} was trained without an adapter; leave the flag out.")
+    written = dataclasses.replace(model, lora=None, param_dtype="float32") if merge else model
     prompts, d = Prompts(**config.prompts), config.data
     what = export.Exported(
         name=config.name,
-        model=model,
+        model=written,
         chat=ChatFormat(words, prompts),
         settings=settings.Settings(prompts, d.max_query_tokens, d.max_doc_tokens, d.max_thought_tokens),
         evaluation=evaluation(run),
@@ -131,7 +134,8 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
                 export.write_tokenizer(part, what.chat)
                 what.settings.write(part)
             else:
-                export.fill(part, lora.merge(params, model) if merge else params, what, int(size) * MIB)
+                whole = lora.merge(params, model, written.param_dtype) if merge else params
+                export.fill(part, whole, what, int(size) * MIB)
     print(f"{target}: the {stage} {'adapter' if model.lora and not merge else 'weights'} of {run}")
 
 

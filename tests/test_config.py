@@ -210,6 +210,7 @@ IMPOSSIBLE = [
     ("model.rope_theta", 1.0, "config.model.rope_theta must be above 1"),
     ("model.rope_factor", 0.5, "config.model.rope_factor must be at least 1 (1 is plain RoPE, above is YaRN), not 0.5"),
     ("model.rope_original_length", 0, "config.model.rope_original_length must be at least 1"),
+    ("model.max_positions", 0, "config.model.max_positions must be at least 1"),
     ("model.compute_dtype", "fp32", "must be one of float32, bfloat16, not 'fp32'"),
     ("model.vocab", 400, "must be at least tokenizer.vocab_size (512)"),
     ("mesh.tensor", 4, "config.mesh.tensor (4) must divide model.kv_heads (2)"),

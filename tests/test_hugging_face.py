@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, Qwen2ForCausalLM, Qwen2Model
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from r3jax.errors import UserError
 from r3jax.export import write_weights
 from r3jax.model import hugging_face, hugging_face_config, tensor_files
 from r3jax.model.hub import is_hub_id, local_folder
 from r3jax.model.hugging_face import from_hugging_face, load_hugging_face, to_hugging_face
-from r3jax.model.hugging_face_config import read_config, to_config
+from r3jax.model.hugging_face_config import read_config, read_dtype, rope_of, to_config
 from r3jax.model.params import flatten
 from r3jax.model.qwen2 import parameter_table
 from r3jax.model.sharding import make_mesh, stored
@@ -314,7 +314,7 @@ def write_config(folder, **changes):
 
 def test_sizes_of_a_published_config_and_there_and_back(tmp_path):
     want = dict(layers=24, width=896, heads=14, kv_heads=2, head_dim=64, ffn=4864, vocab=151936)
-    want |= dict(rope_theta=1e6, norm_eps=1e-6, tied=True)
+    want |= dict(rope_theta=1e6, norm_eps=1e-6, tied=True, max_positions=32768)
     assert read_config(write_config(tmp_path)) == want
     # as transformers 5 writes it
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
@@ -323,12 +323,15 @@ def test_sizes_of_a_published_config_and_there_and_back(tmp_path):
     assert read_config(write_config(tmp_path, head_dim=128, tie_word_embeddings=...)) == want | dict(
         head_dim=128, tied=False
     )
+    long = sizes(max_positions=131072)  # as the base models' config.json has it, Instruct's has 32768
+    assert read_config(write_config(tmp_path, max_position_embeddings=...))["max_positions"] == 32768
     yarn = sizes(rope_factor=4.0, rope_original_length=64)
-    for config in (sizes(), sizes(tied=False, head_dim=4, rope_theta=1e4, norm_eps=1e-5), yarn):
+    for config in (sizes(), long, sizes(tied=False, head_dim=4, rope_theta=1e4, norm_eps=1e-5), yarn):
         (tmp_path / "config.json").write_text(json.dumps(to_config(config, **IDS)))
         assert dataclasses.replace(config, **read_config(tmp_path)) == config
         theirs = AutoConfig.from_pretrained(tmp_path)
         assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+        assert theirs.max_position_embeddings == config.max_positions
         assert getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads) == config.head_dim
 
 
@@ -353,6 +356,28 @@ def test_sizes_of_a_published_config_and_there_and_back(tmp_path):
         ({"num_key_value_heads": 4}, '"num_attention_heads" is no multiple of "num_key_value_heads"'),
         ({"hidden_size": 900}, '"hidden_size" is no multiple of "num_attention_heads"'),
         ({"head_dim": 63}, "a head dim of 63 is odd"),
+        # as gte-Qwen2, Qwen2.5-VL and Qwen2.5-1M have them
+        ({"is_causal": False, "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}}, 'what comes later ("is_causal")'),
+        ({"auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}}, 'a decoder with code of its own ("auto_map")'),
+        ({"use_mrope": True}, 'rotary positions of several axes ("use_mrope") is not implemented'),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 262144}},
+            'attention in chunks ("dual_chunk_attention_config")',
+        ),
+        ({"partial_rotary_factor": 0.5}, 'turning a part of a head ("partial_rotary_factor") is not implemented'),
+        # of the wrong kind
+        ({"tie_word_embeddings": "false"}, "\"tie_word_embeddings\" must be true or false, not 'false'"),
+        ({"layer_types": "full_attention"}, "\"layer_types\" must be a list, not 'full_attention'"),
+        ({"max_position_embeddings": "32768"}, '"max_position_embeddings" must be a whole number above 0'),
+        ({"rope_theta": True}, '"rope_theta" must be a number above 0, not True'),
+        ({"rope_scaling": "yarn"}, '"rope_scaling" is not a group of values'),
+        ({"rope_scaling": {"type": ["yarn"]}}, "the rope scaling ['yarn'] is not implemented"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4x"}}, "\"factor\" must be a number above 0, not '4x'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": "long"}},
+            "\"original_max_position_embeddings\" must be a whole number above 0, not 'long'",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": [32]}}, "a rope scaling with beta_fast=[32]"),
     ],
 )
 def test_what_the_decoder_does_not_do_is_refused_by_name(tmp_path, changes, says):
@@ -360,6 +385,60 @@ def test_what_the_decoder_does_not_do_is_refused_by_name(tmp_path, changes, says
         read_config(write_config(tmp_path, **changes))
     said = str(caught.value)
     assert said.startswith(f"{tmp_path / 'config.json'}: ") and said.endswith("; give a Qwen-2.5 checkpoint.")
+
+
+def test_rope_is_read_from_both_forms_of_config_json():
+    plain = {"rope_theta": 1e6}
+    yarn = {"rope_theta": 1e6, "rope_factor": 4.0, "rope_original_length": 32768}
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": None}) == plain
+    assert rope_of({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}) == plain
+    assert rope_of({}) == {"rope_theta": 1e4}  # as transformers
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": scaling | {"type": "yarn"}}) == yarn
+    assert rope_of({"rope_theta": 1e6, "rope_scaling": scaling | {"type": "yarn", "rope_type": "yarn"}}) == yarn
+    assert rope_of({"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6, "beta_fast": 32}}) == yarn
+    # transformers takes what is missing from the longest position.
+    only = {"rope_theta": 1e6, "max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4}}
+    assert rope_of(only) == yarn
+    # and of both groups "rope_scaling"
+    assert rope_of({"rope_scaling": {"rope_theta": 1e6}, "rope_parameters": {"rope_theta": 1e4}}) == plain
+    for hf in (only, {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6}}):
+        config = Qwen2Config(**hf)
+        assert rope_of(config.to_dict()) == yarn
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "'linear' is not implemented"),
+        ({"type": "dynamic", "factor": 2.0}, "'dynamic' is not implemented"),
+        ({"type": "yarn", "rope_type": "llama3"}, "'llama3' and 'yarn' is not implemented"),
+        ({"type": "yarn", "factor": 0.5}, "factor is 0.5, it must be at least 1"),
+        ({"type": "yarn", "factor": 4.0, "beta_fast": 16}, "beta_fast=16 is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "attention_factor=1.0 is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "truncate": False}, "truncate=False is not implemented"),
+        ({"type": "yarn", "factor": 4.0, "mscale": 0.7}, "mscale=0.7 is not implemented"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented"),
+    ],
+)
+def test_a_rope_that_is_not_implemented_is_named(rope, says):
+    for name in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(UserError, match=says):
+            rope_of({name: rope, "max_position_embeddings": 64})
+
+
+def test_keys_that_ask_for_nothing_special_are_read_over(tmp_path):
+    idle = {"is_causal": True, "use_mrope": False, "dual_chunk_attention_config": None, "layer_types": None}
+    assert read_config(write_config(tmp_path, **idle)) == read_config(write_config(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_weights_are_held_in_what_loses_nothing_of_them(tmp_path, key):
+    write_config(tmp_path, torch_dtype=...)
+    assert read_dtype(tmp_path) == "float32"
+    for stored_as, held_in in {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}.items():
+        write_config(tmp_path, **({"torch_dtype": ...} | {key: stored_as}))
+        assert read_dtype(tmp_path) == held_in
 
 
 def test_a_missing_or_malformed_config_is_named(tmp_path):

@@ -161,6 +161,21 @@ def test_merged_equals_adapter_on(rows, tied, mesh):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_in_float32_equals_adapter_on_over_a_base_in_bfloat16(rows, tied):
+    """In the base's own dtype it does not."""
+    config = adapted(tied=tied, param_dtype="bfloat16")
+    params = lora.join(weights(config), trained(config))
+    on = seen(forward(params, *rows, config=config), rows[1])
+    gaps = {}
+    for dtype in ("float32", "bfloat16"):
+        merged = lora.merge(params, config, dtype)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(merged)} == {dtype}
+        plain = forward(merged, *rows, config=dataclasses.replace(config, lora=None, param_dtype=dtype))
+        gaps[dtype] = max(np.abs(x - y).max() for x, y in zip(on, seen(plain, rows[1]), strict=True))
+    assert gaps["float32"] < 1e-5 < 1e-3 < gaps["bfloat16"]
+
+
 def test_merging_keeps_the_stored_dtype_and_sums_in_fp32():
     config = adapted(param_dtype="bfloat16")
     params = lora.join(weights(config), trained(config))

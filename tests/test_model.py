@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config
 
-from r3jax.errors import UserError
 from r3jax.model.hugging_face import from_hugging_face
 from r3jax.model.params import flatten
 from r3jax.model.qwen2 import (
@@ -26,7 +24,7 @@ from r3jax.model.qwen2 import (
     right_padded,
     unstack,
 )
-from r3jax.model.rope import frequencies, rope_of
+from r3jax.model.rope import frequencies
 from tests.tiny_model import padded, reference, sizes, state_dict, weights
 
 SHAPES = {
@@ -83,44 +81,6 @@ def test_yarn_equals_transformers_below_and_above_the_original_length():
     np.testing.assert_allclose(logits(params, config, hidden)[mask], want.logits.numpy()[mask], atol=1e-4)
     plain = run(params, dataclasses.replace(config, rope_factor=1.0), tokens, lengths)
     assert np.abs(plain - hidden)[mask].max() > 0.1  # so agreement says something
-
-
-def test_rope_is_read_from_both_forms_of_config_json():
-    plain = {"rope_theta": 1e6}
-    yarn = {"rope_theta": 1e6, "rope_factor": 4.0, "rope_original_length": 32768}
-    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768}
-    assert rope_of({"rope_theta": 1e6, "rope_scaling": None}) == plain
-    assert rope_of({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}) == plain
-    assert rope_of({}) == {"rope_theta": 1e4}  # as transformers
-    assert rope_of({"rope_theta": 1e6, "rope_scaling": scaling | {"type": "yarn"}}) == yarn
-    assert rope_of({"rope_theta": 1e6, "rope_scaling": scaling | {"type": "yarn", "rope_type": "yarn"}}) == yarn
-    assert rope_of({"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6, "beta_fast": 32}}) == yarn
-    # transformers takes what is missing from the longest position.
-    only = {"rope_theta": 1e6, "max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4}}
-    assert rope_of(only) == yarn
-    for hf in (only, {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6}}):
-        config = Qwen2Config(**hf)
-        assert rope_of(config.to_dict()) == yarn
-
-
-@pytest.mark.parametrize(
-    ("rope", "says"),
-    [
-        ({"rope_type": "linear", "factor": 2.0}, "'linear' is not implemented"),
-        ({"type": "dynamic", "factor": 2.0}, "'dynamic' is not implemented"),
-        ({"type": "yarn", "rope_type": "llama3"}, "'llama3' and 'yarn' is not implemented"),
-        ({"type": "yarn", "factor": 0.5}, "factor is 0.5, it must be at least 1"),
-        ({"type": "yarn", "factor": 4.0, "beta_fast": 16}, "beta_fast=16 is not implemented"),
-        ({"type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "attention_factor=1.0 is not implemented"),
-        ({"type": "yarn", "factor": 4.0, "truncate": False}, "truncate=False is not implemented"),
-        ({"type": "yarn", "factor": 4.0, "mscale": 0.7}, "mscale=0.7 is not implemented"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented"),
-    ],
-)
-def test_a_rope_that_is_not_implemented_is_named(rope, says):
-    for name in ("rope_scaling", "rope_parameters"):
-        with pytest.raises(UserError, match=says):
-            rope_of({name: rope, "max_position_embeddings": 64})
 
 
 def test_bfloat16_stays_near_float32_and_keeps_fp32_logits():

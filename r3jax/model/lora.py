@@ -113,14 +113,15 @@ def join(base, trained):
     return trained if base is None else unflatten({**flatten(base), **flatten(trained)})
 
 
-@partial(jax.jit, static_argnames="config")
-def merge(params, config: ModelConfig) -> dict:
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def merge(params, config: ModelConfig, dtype: str | None = None) -> dict:
     """Weights with an adapter as ordinary weights that compute the same; without one, as they are.
 
-    Summed in fp32, layer by layer, then cast to the dtype that the base is stored in. Arrays on a mesh want
-    `jax.set_mesh` of it around the call.
+    Summed in fp32, layer by layer, then cast to `dtype`, by default that of the base: in bf16 the sum loses what of
+    the adapter is smaller than the kernel's last bit. Arrays on a mesh want `jax.set_mesh` of it around the call.
     """
     base, adapter = (flatten(tree) for tree in split(params))
+    kept = {name: dtype or leaf.dtype for name, leaf in base.items()}
     axes = parameter_table(config)
     for target, (module, _) in TARGETS.items():
         name = f"{module}/kernel"
@@ -130,19 +131,19 @@ def merge(params, config: ModelConfig) -> dict:
         spec = stored(axes[name][1][1:])
         flat_spec = P(spec[0], spec[TARGETS[target][1]])
 
-        def one(layer, shape=axes[name][0][1:], spec=spec, flat_spec=flat_spec):
+        def one(layer, name=name, shape=axes[name][0][1:], spec=spec, flat_spec=flat_spec):
             kernel, a, b = layer
             change = jnp.einsum("ir,ro->io", a, b, precision=jax.lax.Precision.HIGHEST, out_sharding=out(flat_spec))
             change = jnp.reshape(config.lora.scale * change, shape, out_sharding=out(spec))
-            return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+            return (kernel.astype(jnp.float32) + change).astype(kept[name])
 
         base[name] = jax.lax.map(one, (base[name], adapter[f"{module}/lora_a"], adapter[f"{module}/lora_b"]))
     for name in _tables(config):
         if f"{name}/token_row" in adapter:
-            table = base[f"{name}/table"]
+            table = base[f"{name}/table"].astype(kept[f"{name}/table"])
             here = jnp.arange(config.vocab)[:, None] == config.lora.token
             base[f"{name}/table"] = jnp.where(here, adapter[f"{name}/token_row"].astype(table.dtype), table)
-    return unflatten(base)
+    return unflatten({name: leaf.astype(kept[name]) for name, leaf in base.items()})
 
 
 def _tables(c: ModelConfig) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class ModelConfig:
     rope_theta: float = 1e6
     rope_factor: float = 1.0  # above 1: YaRN, for inputs up to so many times rope_original_length
     rope_original_length: int = 32768
+    max_positions: int = 32768  # what a checkpoint says it was made for: kept for its readers, nothing here uses it
     norm_eps: float = 1e-6
     tied: bool = True
     compute_dtype: str = "float32"

@@ -144,7 +144,7 @@ RULES: list[Rule] = [
     *above(1, "model.rope_theta"),
     *above(0, "model.norm_eps"),
     *at_least(1, "model.rope_factor", why=" (1 is plain RoPE, above is YaRN)"),
-    *at_least(1, "model.rope_original_length"),
+    *at_least(1, "model.rope_original_length", "model.max_positions"),
     Rule(("model.head_dim",), lambda v: v % 2 == 0, "must be even, for rotary positions turn pairs, not {0}"),
     Rule(
         ("model.heads", "model.kv_heads"),
