@@ -25,6 +25,7 @@ from r3jax.stages import rl, sft
 from r3jax.stages.ability import Ability
 from r3jax.stages.mining import bm25_neighbours
 from r3jax.stages.state import Stage, TrainState, abstract_state, new_state, optimiser
+from r3jax.text import settings
 from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
@@ -348,7 +349,8 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, dataset: beir.Dataset,
     if source:
         folder = pathlib.Path(source) if config.tokenizer.path else local_folder(source)
         inside = folder / "tokenizer"  # a run of ours keeps it there
-        tokenizer = tokenizers.load(inside if inside.is_dir() else folder)
+        known = settings.read(folder)
+        tokenizer = tokenizers.load(inside if inside.is_dir() else folder, lowercase=bool(known and known.lowercase))
     else:
         rows = [dataset.query_row[q] for q in dataset.positives(config.data.train_split)]
         texts = [dataset.query_texts[r] for r in rows] + dataset.doc_texts

@@ -3,7 +3,8 @@
     python -m r3jax.convert import SRC DST [--config=FILE[:SIZE]] [--config.KEY=VALUE ...]
     python -m r3jax.convert export RUN DST [--stage=sft|rl] [--shard-size=MIB] [--merge-lora]
 
-`import` makes a run of a Hugging Face folder or hub id: it can be evaluated and be the init_from of other runs.
+`import` makes a run of a Hugging Face folder or hub id: it can be evaluated and be the init_from of other runs. Of an
+adapter of PEFT it is the base that adapter_config.json names, with the adapter merged.
 `export` makes a folder for transformers, sentence-transformers (direct mode) and r3jax from a run's best weights. Of a
 run with an adapter it is the adapter, for PEFT; --merge-lora makes ordinary weights of it and its base, in float32
 also where the base is stored in bfloat16, whose rounding would undo a part of what the adapter has learnt.
@@ -27,10 +28,9 @@ from ml_collections import ConfigDict
 
 from r3jax import export, weights
 from r3jax.errors import UserError
-from r3jax.model import lora
+from r3jax.model import lora, peft
 from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face_config import read_dtype
-from r3jax.model.peft import export_adapter
 from r3jax.model.sharding import make_mesh
 from r3jax.results import table
 from r3jax.run import config as run_config
@@ -72,10 +72,19 @@ def import_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
     if weights.is_run(source):
         raise UserError(f"SRC names {source!r}, which is a run already; give a Hugging Face folder or a hub id.")
     begin = time.time()
-    config.init_from, config.name = source, target.name
-    weights.adopt(config, parsed.given, limits=True)
+    base, name = folder, source  # what brings the sizes and all weights but an adapter's
+    if peft.is_adapter(folder):
+        name = peft.base_of(folder)
+        base = local_folder(name, f"{folder / peft.CONFIG}: base_model_name_or_path")
+        if weights.is_run(name):
+            raise UserError(
+                f"{folder / peft.CONFIG}: the base {name!r} is a run; export it and name that folder there."
+            )
+    config.init_from, config.name = name, target.name
+    known = settings.read(folder) or settings.read(base)
+    weights.adopt(config, parsed.given, known)
     if "model.param_dtype" not in parsed.given:
-        config.model.param_dtype = read_dtype(folder)
+        config.model.param_dtype = read_dtype(base)
     if config.lora.rank:
         raise UserError(f"config.lora.rank is {config.lora.rank}; import first, then train the adapter from that run.")
     checked = ("init_from", "from_scratch", "tokenizer", "model", "mesh", "evaluate")
@@ -83,10 +92,16 @@ def import_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh), new_folder(target) as part:
-        words = tokenizer.load(config.tokenizer.path or folder)
+        own = folder if (folder / "tokenizer.json").is_file() else base
+        own = config.tokenizer.path or own
+        words = tokenizer.load(own, lowercase=bool(known and known.lowercase))
         model = weights.model_config(config, words)
-        params = weights.load_published(folder, model, mesh, words, config.tokenizer.path)
+        params = weights.load_published(base, model, mesh, words, str(own))
+        if base is not folder:
+            adapter, adapted = peft.import_adapter(folder, model, mesh)
+            params = lora.merge(lora.join(params, adapter), adapted)
         words.save(part / "tokenizer")
+        config.init_from = source
         run_config.save(config, part / run_config.SAVED_NAME)
         checkpointer = Checkpointer(part / "checkpoints" / weights.IMPORTED, keep_last=1)
         checkpointer.save(0, {"train": {"params": params}}, meta={"data": None})
@@ -121,8 +136,11 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
         name=config.name,
         model=written,
         chat=ChatFormat(words, prompts),
-        settings=settings.Settings(prompts, d.max_query_tokens, d.max_doc_tokens, d.max_thought_tokens),
+        settings=settings.Settings(
+            prompts, d.max_query_tokens, d.max_doc_tokens, d.max_thought_tokens, lowercase=words.lowercase
+        ),
         evaluation=evaluation(run),
+        warning=warning(run, stage, config),
     )
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
     mesh = make_mesh(**config.mesh)
@@ -130,9 +148,7 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
         params = weights.load_params(run, model, mesh, stage)
         with new_folder(target) as part:
             if model.lora and not merge:
-                export_adapter(part, params, model)
-                export.write_tokenizer(part, what.chat)
-                what.settings.write(part)
+                export.fill_adapter(part, params, what, config.init_from)
             else:
                 whole = lora.merge(params, model, written.param_dtype) if merge else params
                 export.fill(part, whole, what, int(size) * MIB)
@@ -140,14 +156,32 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
 
 
 def evaluation(run: pathlib.Path) -> str:
-    """The run's results as markdown tables; "" if it was not evaluated."""
-    path = run / "results.json"
-    if not path.is_file():
+    """The run's results as markdown tables: its own or, of one that only r3jax.evaluate has read, those; "" without."""
+    whole = run / "results.json"
+    parts = [whole] if whole.is_file() else sorted((run / "evaluation").glob("*/evaluation.json"))
+    tables = []
+    for path in parts:
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            heading = [] if path == whole else [f"### {results['data']}", ""]
+            tables.append("\n".join([*heading, table.markdown(results)]))
+        except (ValueError, TypeError, LookupError) as e:
+            raise UserError(f"{path} is malformed ({e}); evaluate the run again or remove it.") from None
+    return "\n\n".join(tables)
+
+
+def warning(run: pathlib.Path, stage: str, config: ConfigDict) -> str:
+    """What to say of weights that no validation found within the bound on what they may forget; "" of others."""
+    bound = (config.get("evaluate") or {}).get("max_ability_kl")
+    if not bound or stage == weights.IMPORTED:
         return ""
-    try:
-        return table.markdown(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as e:
-        raise UserError(f"{path} is malformed ({e}); evaluate the run again or remove it.") from None
+    checkpointer = Checkpointer(run / "checkpoints" / stage, keep_last=1, best_key=weights.BEST_KEY, read_only=True)
+    best = checkpointer.best()
+    checkpointer.close()
+    # Training keeps no score of a checkpoint that crossed the bound, so that it is never the best.
+    return (
+        "" if best is not None else f"No validation found these weights within max_ability_kl={bound:g} of their base."
+    )
 
 
 def check_target(target: pathlib.Path) -> None:

@@ -9,11 +9,13 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 from r3jax.model.hugging_face import layout, tensor_of
 from r3jax.model.hugging_face_config import MAX_POSITIONS, to_config
 from r3jax.model.params import flatten
+from r3jax.model.peft import export_adapter
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.tensor_files import INDEX, write_file
 from r3jax.text.prompts import ChatFormat
@@ -22,6 +24,8 @@ from r3jax.text.tokenizer import EMBED_TOKEN, IM_END, IM_START, PAD_TOKEN
 
 TEMPLATE = pathlib.Path(__file__).parent / "text" / "chat_template.jinja"  # Qwen-2.5-Instruct's own (Apache-2.0)
 CARD = pathlib.Path(__file__).parent / "model_card.md"
+ADAPTER_CARD = pathlib.Path(__file__).parent / "adapter_card.md"  # up to the prompts, where the other one goes on
+PROMPTS = "## Prompts"
 DIRECT = "direct"
 # As the tokenizers library does, letter by letter; Python's `lower` looks at the whole word (ς).
 LOWER = " | map('lower') | join"
@@ -38,13 +42,14 @@ class Exported:
     chat: ChatFormat
     settings: Settings
     evaluation: str  # tables in markdown; "" without any
+    warning: str = ""  # what a reader of the card must know first
 
 
 def fill(folder: pathlib.Path, params, what: Exported, shard_bytes: int) -> None:
     """Writes all files into an empty folder, the weights in files of at most `shard_bytes` each."""
     write_weights(folder, params, what.model, shard_bytes)
+    write_config(folder, what)
     t = what.chat.tokenizer
-    _json(folder / "config.json", to_config(what.model, bos_id=t.pad_id, eos_id=t.im_end_id, pad_id=t.pad_id))
     _json(
         folder / "generation_config.json",
         {
@@ -56,8 +61,25 @@ def fill(folder: pathlib.Path, params, what: Exported, shard_bytes: int) -> None
     )
     write_tokenizer(folder, what.chat)
     write_sentence_transformers(folder, what)
-    what.settings.write(folder)
     (folder / "README.md").write_text(card(what), encoding="utf-8")
+
+
+def fill_adapter(folder: pathlib.Path, params, what: Exported, base: str) -> None:
+    """Writes the adapter that params hold, for PEFT, and what belongs to it, into an empty folder.
+
+    `base` names the checkpoint that it was trained on.
+    """
+    export_adapter(folder, params, what.model, base)
+    write_config(folder, what)
+    write_tokenizer(folder, what.chat)
+    (folder / "README.md").write_text(adapter_card(what, base), encoding="utf-8")
+
+
+def write_config(folder: pathlib.Path, what: Exported) -> None:
+    """config.json, the settings in it."""
+    t = what.chat.tokenizer
+    _json(folder / "config.json", to_config(what.model, bos_id=t.pad_id, eos_id=t.im_end_id, pad_id=t.pad_id))
+    what.settings.write(folder)
 
 
 def write_weights(folder: pathlib.Path, params, model: ModelConfig, shard_bytes: int) -> None:
@@ -172,24 +194,38 @@ def write_sentence_transformers(folder: pathlib.Path, what: Exported) -> None:
 
 def card(what: Exported) -> str:
     """The model card: what it is, how to use it, its prompts, and how it did."""
+    return _filled(CARD.read_text(encoding="utf-8"), what)
+
+
+def adapter_card(what: Exported, base: str) -> str:
+    """The card of an adapter: its base, how to use it, its prompts, and how the two did."""
+    rest = CARD.read_text(encoding="utf-8")
+    return _filled(ADAPTER_CARD.read_text(encoding="utf-8") + rest[rest.index(PROMPTS) :], what, base or "unknown")
+
+
+def _filled(text: str, what: Exported, base: str = "") -> str:
+    """A card with what it says of this model in place of each @NAME@."""
     s, p = what.settings, what.chat.prompts
     values = {
         "NAME": what.name,
+        "BASE": json.dumps(base, ensure_ascii=False),
         "LAYERS": what.model.layers,
         "WIDTH": what.model.width,
         "DIRECT_SYSTEM": _fenced(p.direct_system),
         "DIRECT_ANSWER": _fenced(p.direct_assistant + EMBED_TOKEN),
         "REASONING_SYSTEM": _fenced(p.reasoning_system),
         "REASONING_LITERAL": json.dumps(p.reasoning_system, ensure_ascii=False),
+        "ANSWER_LITERAL": json.dumps(p.direct_assistant, ensure_ascii=False),
+        # A tokenizer of transformers does not lower.
+        "LOWER": 'text = "".join(map(str.lower, text))\n    ' if s.lowercase else "",
+        "WARNING": f"**{what.warning}**\n\n" if what.warning else "",
         "MAX_QUERY": s.max_query_tokens,
         "MAX_DOC": s.max_doc_tokens,
+        "MAX_THOUGHT": s.max_thought_tokens,
         "MAX_NEW": s.max_thought_tokens + 1,
         "EVALUATION": what.evaluation.strip() or "This checkpoint comes from a run that was not evaluated.",
     }
-    text = CARD.read_text(encoding="utf-8")
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", str(value))
-    return text
+    return re.sub("@([A-Z_]+)@", lambda match: str(values[match[1]]), text)
 
 
 def _fenced(text: str) -> str:

@@ -22,9 +22,11 @@ from rich.progress import Progress
 
 from r3jax import weights
 from r3jax.model.hub import local_folder
+from r3jax.model.hugging_face import HEAD
 from r3jax.model.hugging_face_config import read_config, read_dtype
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import make_mesh
+from r3jax.model.tensor_files import TensorFiles
 from r3jax.reader import Reader
 from r3jax.run import config as run_config
 from r3jax.run.log import quiet_libraries
@@ -33,7 +35,7 @@ from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
 DTYPES = ("float32", "bfloat16")
-# Of a Hugging Face folder without r3jax.json; those of configs/base.py.
+# Of a Hugging Face folder that names none in config.json; those of configs/base.py.
 LIMITS = {"max_query_tokens": 64, "max_doc_tokens": 256, "max_thought_tokens": 255}
 BATCH_SIZE = 32  # as sentence-transformers
 log = logging.getLogger("r3jax")
@@ -232,6 +234,11 @@ class SearchR3:
         return dataclasses.replace(reader, chat=ChatFormat(reader.chat.tokenizer, prompts))
 
     def _think(self, texts: list[str], prompt, batch_size, show) -> Encoded:
+        if not self.reader.model.tied and "unembed" not in self.params:
+            raise ValueError(
+                f"this folder has no {HEAD}, which sentence-transformers does not save and thoughts need; "
+                "pass reasoning=False, or give the folder that was exported."
+            )
         reader = self._reader(prompt, batch_size, reasoning=True)
         ids, truncated = _limited(reader.chat.tokens(texts), reader.max_query)
         with _progress(show, len(ids), "thinking") as on_rows:
@@ -333,9 +340,13 @@ def _load_hugging_face(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str
     fields = read_config(folder)
     dtype = dtype or read_dtype(folder)
     model = ModelConfig(**fields, compute_dtype=dtype, param_dtype=dtype)
-    tokenizer = tokenizers.load(folder)
-    prompts, limits = Prompts(), dict(LIMITS)
+    prompts, limits, lowercase = Prompts(), dict(LIMITS), False
     if known := settings.read(folder):
         prompts, limits = known.prompts, {name: getattr(known, name) for name in LIMITS}
-    params = weights.load_published(folder, model, mesh, tokenizer)
+        lowercase = known.lowercase
+    tokenizer = tokenizers.load(folder, lowercase)
+    read = model
+    if HEAD not in TensorFiles(folder).shapes:  # sentence-transformers saves none: vectors do without, thoughts do not
+        read = dataclasses.replace(model, tied=True)
+    params = weights.load_published(folder, read, mesh, tokenizer)
     return params, model, ChatFormat(tokenizer, prompts), limits

@@ -122,11 +122,12 @@ def load_published(folder: pathlib.Path, model: ModelConfig, mesh: jax.sharding.
     return load_hugging_face(folder, model, mesh, tokenizer.embed_id if learnt is None else None)
 
 
-def adopt(config: ConfigDict, given: Collection[str] = (), limits: bool = False) -> None:
+def adopt(config: ConfigDict, given: Collection[str] = (), published: settings.Settings | None = None) -> None:
     """Takes over, in place, what the run or the checkpoint that init_from names decides, and prints what changed.
 
     That is the model: sizes, tying, rotary positions, norms; and the prompts it was trained with, if it tells them
-    (with `limits` also the lengths of its texts). Keys that the command line has `given` stay, but for the model's.
+    (with `published`, those and the lengths of its texts). Keys that the command line has `given` stay, except the
+    model's.
     Raises UserError for a checkpoint that is neither here nor on the hub, or that the decoder does not implement.
     """
     source = config.init_from
@@ -137,16 +138,16 @@ def adopt(config: ConfigDict, given: Collection[str] = (), limits: bool = False)
         saved = run_config.load_saved(folder / run_config.SAVED_NAME)
         fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}  # old runs lack some
         found = {f"model.{x}": saved.model.get(x, default) for x, default in fields.items() if x not in OURS}
-        prompts, lengths = saved.prompts, saved.data
+        prompts = dict(saved.prompts)
     elif any(folder.glob("*.safetensors")):
         found = {f"model.{name}": value for name, value in read_config(folder).items()}
-        known = settings.read(folder)
-        prompts, lengths = (vars(known.prompts), vars(known)) if known else ({}, {})
+        known = published or settings.read(folder)
+        prompts = vars(known.prompts) if known else {}
     else:
         return  # for the rules to say
     told = {f"prompts.{name}": prompts[name] for name in prompts}
-    if limits and lengths:
-        told |= {f"data.{name}": lengths[name] for name in settings.LIMITS}
+    if published:
+        told |= {f"data.{name}": getattr(published, name) for name in settings.LIMITS}
     found |= {name: value for name, value in told.items() if name not in given}
     now = dict(run_config.leaves(config))
     changed = {name: value for name, value in found.items() if now[name] != value}

@@ -17,7 +17,7 @@ from r3jax import assembly, convert, export, train, weights
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model.encoder import encode_rows
-from r3jax.model.hugging_face import load_hugging_face
+from r3jax.model.hugging_face import from_hugging_face, load_hugging_face
 from r3jax.model.hugging_face_config import read_config
 from r3jax.model.params import flatten, shardings
 from r3jax.model.peft import import_adapter
@@ -30,7 +30,7 @@ from r3jax.text import settings, tokenizer
 from r3jax.text.prompts import ChatFormat, Prompts
 from tests import fixtures
 from tests.test_hugging_face import bits
-from tests.tiny_model import reference
+from tests.tiny_model import reference, state_dict
 from tests.tiny_model import weights as random_weights
 
 QUERY, DOC, THOUGHT = 9, 14, 6  # tokens
@@ -119,11 +119,40 @@ def test_sentence_transformers_gives_our_direct_vectors(case, tmp_path):
     model.save_pretrained(str(tmp_path), create_model_card=False)
     again = SentenceTransformer(str(tmp_path), device="cpu")
     assert cosine(again.encode_document(TEXTS), documents).min() >= 0.99999
+    same_vectors_in_ours(tmp_path, case, thinks=case.parts.model.tied)
     sizes = read_config(tmp_path)
     assert sizes["tied"] == case.parts.model.tied
     if sizes["tied"]:  # else there is no head left
         params = load_hugging_face(tmp_path, case.parts.model, case.parts.mesh, None)
         assert all(bits(leaf) == bits(flatten(case.params)[name]) for name, leaf in flatten(params).items())
+
+
+def same_vectors_in_ours(folder: pathlib.Path, case: Case, thinks: bool = True) -> None:
+    """SearchR3 reads a folder as it reads the run that all came of, or says what is missing to think."""
+    found, want = (SearchR3.from_pretrained(path, mesh=case.parts.mesh) for path in (folder, case.run))
+    assert cosine(found.encode_document(TEXTS), want.encode_document(TEXTS)).min() >= 0.99999
+    assert cosine(*(m.encode_query(TEXTS, reasoning=False) for m in (found, want))).min() >= 0.99999
+    if thinks:
+        assert found.generate(TEXTS) == want.generate(TEXTS)
+        assert cosine(found.encode_query(TEXTS), want.encode_query(TEXTS)).min() >= 0.99999
+        return
+    for call in (found.encode_query, found.generate):
+        with pytest.raises(ValueError, match="no lm_head.weight, .*; pass reasoning=False, or give the folder"):
+            call(TEXTS)
+
+
+def test_what_transformers_saves_is_the_same_model(case, tmp_path):
+    """In a folder of its own for us; in a copy of ours for sentence-transformers too, whose files it does not write."""
+    copy = tmp_path / "copy"
+    shutil.copytree(case.folder, copy)
+    for folder in (tmp_path / "new", copy):
+        AutoModelForCausalLM.from_pretrained(case.folder).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(case.folder).save_pretrained(folder)
+        assert settings.read(folder) == settings.read(case.folder)
+        same_vectors_in_ours(folder, case)
+    documents = case.ours(case.parts.chat.documents(TEXTS, DOC))
+    found = SentenceTransformer(str(copy), device="cpu").encode_document(TEXTS)
+    assert cosine(found, documents).min() >= 0.99999
 
 
 def test_control_tokens_in_a_text_stay_text(case):
@@ -166,6 +195,62 @@ def test_transformers_gives_our_vectors_in_both_modes(case):
     assert cosine(read(thoughts), case.ours(thoughts)).min() >= 0.99999
 
 
+def emitting(folder: pathlib.Path, prompt: list[int], token: int, step: int) -> None:
+    """Changes one row of a folder's head so that the greedy answer to a prompt has `token` at `step`, not before."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    row = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(step):
+            row = torch.cat([row, model(row).logits[:, -1:].argmax(-1)], dim=1)
+        hidden = model.model(row).last_hidden_state[0, len(prompt) - 1 :]
+        wanted = torch.zeros(step + 1)  # its logits, step by step
+        wanted[-1] = 1.05 * (hidden[-1] @ model.lm_head.weight.T).max()
+        model.lm_head.weight[token] = torch.linalg.lstsq(hidden, wanted[:, None]).solution[:, 0]
+    model.save_pretrained(folder)
+
+
+def card_vector(folder: pathlib.Path, query: str) -> tuple[np.ndarray, list[int]]:
+    """What the card's code for transformers gives for a query: the vector, and the row it was read from."""
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[2]
+    assert code.count('query = "list files by size"') == 1
+    names = {"FOLDER": str(folder)}
+    exec(compile(code.replace('"list files by size"', repr(query)), "card", "exec"), names)
+    return names["vector"].numpy(), names["row"]
+
+
+THOUGHTS = [
+    # query, a token that its thought comes to and at which step, what was written before the end
+    ("list files by size", None, THOUGHT),
+    ("sort <|im_end|>\n<|im_start|>system DISK \u00e9 " * 3, None, THOUGHT),  # is cut
+    ("zip it", "embed", 0),
+    ("zip it", "embed", 2),
+    ("zip it", "embed", THOUGHT),
+    ("zip it", "im_end", 3),
+    ("zip it", "im_end", THOUGHT),
+]
+
+
+@pytest.mark.parametrize(("query", "end", "written"), THOUGHTS)
+def test_the_cards_code_gives_our_reasoned_vectors(case, tmp_path, query, end, written):
+    """Whether a thought ends with the embed token, with the end of a turn, or not in time."""
+    words, folder = case.parts.chat.tokenizer, case.folder
+    if end:
+        if case.parts.model.tied:
+            pytest.skip("a tied model has no head to change by itself")
+        folder = tmp_path / "out"
+        shutil.copytree(case.folder, folder)
+        end_id = words.embed_id if end == "embed" else words.im_end_id
+        emitting(folder, case.parts.chat.reasoning_prompt(query, QUERY), end_id, written)
+    want = SearchR3.from_pretrained(folder, mesh=case.parts.mesh).encode_query([query], return_details=True)
+    assert want.emitted.tolist() == [end == "embed"]
+    vector, row = card_vector(folder, query)
+    prompt = case.parts.chat.reasoning_prompt(query, QUERY)
+    answer = [] if end == "embed" else words.encode(PROMPTS["direct_assistant"])
+    assert row[: len(prompt)] == prompt and row[len(prompt) + written :] == [*answer, words.embed_id]
+    assert words.decode(row[len(prompt) :][:written]) == want.thoughts[0]
+    assert cosine(vector, want.vectors[0]) >= 0.99999
+
+
 def test_the_card_shows_figures_prompts_and_code_that_runs(case, capsys):
     card = (case.folder / "README.md").read_text()
     assert "@" not in re.sub(r"ndcg@10|n?DCG@10|R@10+|MRR@10", "", card)
@@ -173,23 +258,17 @@ def test_the_card_shows_figures_prompts_and_code_that_runs(case, capsys):
     for prompt in dataclasses.asdict(case.parts.chat.prompts).values():
         assert prompt in card
     blocks = re.findall(r"```python\n(.*?)```", card, re.S)
-    assert len(blocks) == 2
-    names: dict = {}
+    assert len(blocks) == 3
     for block in blocks:
-        names = {"FOLDER": str(case.folder)}
-        exec(compile(block, "card", "exec"), names)
-    words = case.parts.chat.tokenizer
-    assert capsys.readouterr().out.strip().endswith("<|embed_token|>")
-    row = names["text"][0].tolist()
-    assert row[-1] == words.embed_id and len(row) <= case.parts.chat.reasoning_extra + 99
-    assert cosine(names["vector"].detach(), case.ours([row])).min() >= 0.99999
-    no_table = dataclasses.replace(exported(case), evaluation="")
-    assert "was not evaluated" in export.card(no_table)
+        exec(compile(block, "card", "exec"), {"FOLDER": str(case.folder)})
+        assert capsys.readouterr().out.strip().endswith(("<|embed_token|>", "]]", "]])"))
+    no_table = dataclasses.replace(exported(case), evaluation="", warning="It forgot.")
+    assert "was not evaluated" in export.card(no_table) and "**It forgot.**" in export.card(no_table)
 
 
 def exported(case: Case) -> export.Exported:
     kept = settings.read(case.folder)
-    assert kept == settings.Settings(case.parts.chat.prompts, QUERY, DOC, THOUGHT)
+    assert kept == settings.Settings(case.parts.chat.prompts, QUERY, DOC, THOUGHT, case.parts.chat.tokenizer.lowercase)
     return export.Exported("name", case.parts.model, case.parts.chat, kept, "x")
 
 
@@ -381,27 +460,40 @@ def test_help_shows_an_example(capsys):
 
 
 def test_malformed_settings_are_named(tmp_path):
+    path = tmp_path / "config.json"
     assert settings.read(tmp_path) is None
-    good = settings.Settings(Prompts(), 1, 2, 3)
+    for theirs in ('{"model_type": "qwen2"}', "[]", "{"):  # the last two are for `read_config` to refuse
+        path.write_text(theirs)
+        assert settings.read(tmp_path) is None
+    path.write_text('{"model_type": "qwen2"}')
+    good = settings.Settings(Prompts(), 1, 2, 3, lowercase=True)
     good.write(tmp_path)
     assert settings.read(tmp_path) == good
-    raw = json.loads((tmp_path / settings.NAME).read_text())
-    for wrong in ({}, [], raw | {"more": 1}, raw | {"max_doc_tokens": "2"}, raw | {"prompts": {"direct_system": 3}}):
-        (tmp_path / settings.NAME).write_text(json.dumps(wrong))
-        with pytest.raises(UserError, match="r3jax.json does not hold prompts and lengths"):
+    whole = json.loads(path.read_text())
+    assert whole["model_type"] == "qwen2"
+    raw = whole["r3jax"]
+    for wrong in (3, {}, [], raw | {"more": 1}, raw | {"max_doc_tokens": "2"}, raw | {"prompts": {"direct_system": 3}}):
+        path.write_text(json.dumps(whole | {"r3jax": wrong}))
+        with pytest.raises(UserError, match='config.json: "r3jax" does not hold prompts and lengths'):
             settings.read(tmp_path)
 
 
 @pytest.mark.parametrize("stored_in", ["float32", "bfloat16"])
 def test_an_adapter_is_exported_for_peft_or_merged(tmp_path, stored_in):
     run = make_run(tmp_path, **{"lora.rank": 4, "model.compute_dtype": stored_in})
+    start = tmp_path / "base"  # what the run began with, as another published it: with no prompts of its own
     config = run_config.load_saved(run / run_config.SAVED_NAME)
+    config.init_from = str(start)
+    run_config.save(config, run / run_config.SAVED_NAME)
     words = tokenizer.load(run / "tokenizer")
     model = weights.model_config(config, words)
     assert model.param_dtype == stored_in
     model = dataclasses.replace(model, compute_dtype="float32")
     mesh = make_mesh(devices=jax.devices()[:1])
-    base = random_weights(dataclasses.replace(model, lora=None))
+    theirs = reference(model)
+    theirs.save_pretrained(start)
+    words.save(start)
+    base = from_hugging_face(state_dict(theirs), dataclasses.replace(model, lora=None))
     rng = np.random.default_rng(1)
     with jax.set_mesh(mesh):
         base = jax.device_put(base, shardings(model, mesh))
@@ -429,6 +521,70 @@ def test_an_adapter_is_exported_for_peft_or_merged(tmp_path, stored_in):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (tmp_path / "adapter").iterdir()}
     read, _ = import_adapter(tmp_path / "adapter", dataclasses.replace(model, lora=None), mesh)
     jax.tree.map(np.testing.assert_array_equal, read, adapter)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f'base_model: "{start}"' in card and PROMPTS["reasoning_system"] in card and "not evaluated" in card
+    code = re.findall(r"```python\n(.*?)```", card, re.S)
+    names = {"FOLDER": str(tmp_path / "adapter")}
+    exec(compile(code[0], "card", "exec"), names)
+    row = chat.documents(TEXTS[:1], DOC)
+    with torch.no_grad():
+        found = names["model"].eval().base_model.model.model(torch.tensor(row)).last_hidden_state[0, -1]
+    assert len(code) == 1 and cosine(found, want[0]) >= 0.99999
+    # and back: base and adapter, merged, with the prompts that the adapter brought
+    back = tmp_path / "back"
+    convert.main(["import", str(tmp_path / "adapter"), str(back), "--config.model.compute_dtype=float32"])
+    again = run_config.load_saved(back / run_config.SAVED_NAME)
+    assert again.init_from == str(tmp_path / "adapter") and again.prompts == config.prompts
+    assert (again.lora.rank, again.data.max_doc_tokens) == (0, DOC)
+    model = SearchR3.from_pretrained(back, mesh=mesh)
+    assert cosine(model.encode_document(TEXTS), want).min() >= 0.99999
+    assert cosine(model.encode_query(TEXTS), merged.encode_query(TEXTS)).min() >= 0.99999
+
+
+def test_the_base_of_an_adapter_must_be_named_and_published(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = tmp_path / "adapter_config.json"
+    for said, says in (
+        ("{}", "has no base_model_name_or_path; set it to the folder or hub id"),
+        ('{"base_model_name_or_path": null}', "has no base_model_name_or_path"),
+        ('{"base_model_name_or_path": "./nowhere"}', "base_model_name_or_path names './nowhere', which does not exist"),
+        (json.dumps({"base_model_name_or_path": str(shared / "run")}), "is a run; export it and name that folder"),
+    ):
+        config.write_text(said)
+        with pytest.raises(UserError) as caught:
+            convert.main(["import", str(tmp_path), str(tmp_path / "out")])
+        assert says in str(caught.value) and str(config) in str(caught.value)
+
+
+def test_the_card_has_the_evaluations_of_a_run_that_was_only_imported(tmp_path):
+    assert convert.evaluation(tmp_path) == ""
+    for data, value in (("b", 0.25), ("a", 0.75)):
+        folder = tmp_path / "evaluation" / f"{data}-seen"
+        folder.mkdir(parents=True)
+        results = {"name": "x", "data": data, "splits": {"seen": {"imported_direct": {"ndcg@10": value}}}}
+        (folder / "evaluation.json").write_text(json.dumps(results))
+    found = convert.evaluation(tmp_path)
+    assert re.findall(r"### (\w)|\*\*(0\.\d+)", found) == [("a", ""), ("", "0.750"), ("b", ""), ("", "0.250")]
+    (folder / "evaluation.json").write_text('{"splits": {}}')
+    with pytest.raises(UserError, match="a-seen/evaluation.json is malformed"):
+        convert.evaluation(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"splits": {"seen": {"sft_direct": {"ndcg@10": 0.5}}}}))
+    assert "0.500" in convert.evaluation(tmp_path) and "### " not in convert.evaluation(tmp_path)
+
+
+def test_weights_beyond_the_bound_on_forgetting_are_marked(tmp_path):
+    def config(bound):
+        return fixtures.config(tmp_path, evaluate__max_ability_kl=bound)
+
+    checkpointer = Checkpointer(tmp_path / "checkpoints" / "sft", 1, weights.BEST_KEY)
+    leaf = {"x": np.zeros(1)}
+    checkpointer.save(1, leaf, meta={"data": None})  # as training saves one that crossed it
+    checkpointer.wait()
+    assert "within max_ability_kl=0.1 of their base" in convert.warning(tmp_path, "sft", config(0.1))
+    assert convert.warning(tmp_path, "sft", config(0.0)) == "" == convert.warning(tmp_path, "imported", config(0.1))
+    checkpointer.save(2, leaf, meta={"data": None}, metrics={weights.BEST_KEY: 0.5})
+    checkpointer.close()
+    assert convert.warning(tmp_path, "sft", config(0.1)) == ""
 
 
 def test_there_is_nothing_to_merge_without_an_adapter(tmp_path):

@@ -19,6 +19,7 @@ from r3jax.model.sharding import make_mesh
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.search_r3 import LIMITS, Encoded, SearchR3, Windows
+from r3jax.text import settings
 from tests import fixtures
 from tests.tiny_model import weights
 
@@ -286,7 +287,7 @@ def hugging_face(parts, model, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(sizes))
     parts.chat.tokenizer.save(folder)
     limits = {name: parts.config.data[name] for name in LIMITS}
-    (folder / "r3jax.json").write_text(json.dumps(limits | {"prompts": parts.config.prompts.to_dict()}))
+    settings.Settings(parts.chat.prompts, **limits).write(folder)
     return folder
 
 

@@ -20,6 +20,7 @@ from r3jax.model import lora
 from r3jax.model.params import flatten, unflatten
 from r3jax.model.qwen2 import Lora, ModelConfig
 
+CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 GROUPS = {"layers/attn": "self_attn", "layers/mlp": "mlp"}
 ROWS = {"embed": ("embed_tokens", "model.embed_tokens"), "unembed": ("lm_head", "lm_head")}
@@ -32,10 +33,10 @@ IDLE |= {"peft_version", "qalora_group_size", "revision", "runtime_config", "tas
 BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def export_adapter(folder: pathlib.Path, adapter: dict, config: ModelConfig) -> None:
+def export_adapter(folder: pathlib.Path, adapter: dict, config: ModelConfig, base: str = "") -> None:
     """Writes an adapter (or weights that hold one) where PEFT's `PeftModel.from_pretrained(base, folder)` reads it.
 
-    The base is the checkpoint that training began with. Raises UserError if there is no adapter.
+    `base` names the checkpoint that training began with. Raises UserError if there is no adapter.
     """
     _, adapter = lora.split(adapter)
     if config.lora is None or not adapter:
@@ -54,6 +55,7 @@ def export_adapter(folder: pathlib.Path, adapter: dict, config: ModelConfig) -> 
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,
         "lora_dropout": config.lora.dropout,
@@ -65,7 +67,7 @@ def export_adapter(folder: pathlib.Path, adapter: dict, config: ModelConfig) -> 
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def import_adapter(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[dict, ModelConfig]:
@@ -75,7 +77,7 @@ def import_adapter(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding
     that does not fit the config's sizes, and a kind of adapter that is not implemented.
     """
     try:
-        described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"{folder} holds no adapter of PEFT in safetensors ({e}); name one that does.") from None
@@ -109,6 +111,25 @@ def import_adapter(folder: pathlib.Path, config: ModelConfig, mesh: jax.sharding
             raise UserError(f"{folder}: {name} is given for {len(found[name])} of {config.layers} layers, not for all.")
     places = flatten(lora.abstract(config, mesh))
     return unflatten({name: jax.device_put(leaf, places[name].sharding) for name, leaf in flat.items()}), config
+
+
+def is_adapter(folder: pathlib.Path) -> bool:
+    """Whether a folder holds an adapter of PEFT, not a model."""
+    return (folder / CONFIG).is_file()
+
+
+def base_of(folder: pathlib.Path) -> str:
+    """The base that an adapter names: a folder or a hub id; UserError if it names none."""
+    try:
+        base = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, TypeError, LookupError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"{folder / CONFIG} has no base_model_name_or_path; set it to the folder or hub id of the checkpoint that "
+            "the adapter was trained on."
+        )
+    return base
 
 
 def _key(module: str, layer: int, kind: str) -> str:

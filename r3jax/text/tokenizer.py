@@ -82,8 +82,11 @@ class Tokenizer:
         part.replace(folder / "tokenizer.json")
 
 
-def load(folder: str | pathlib.Path) -> Tokenizer:
-    """Reads folder/tokenizer.json, of a run or a Hugging Face checkpoint; UserError if it cannot be used."""
+def load(folder: str | pathlib.Path, lowercase: bool = False) -> Tokenizer:
+    """Reads folder/tokenizer.json, of a run or a Hugging Face checkpoint; UserError if it cannot be used.
+
+    lowercase: read texts in lower case though the file may not say so: transformers saves it without (`settings`).
+    """
     path = pathlib.Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path} is missing; give the folder of a run or of a Hugging Face checkpoint.")
@@ -91,7 +94,10 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
         inner = _HFTokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"{path} is not a tokenizer file ({error}); fetch or build it again.") from None
-    return Tokenizer(inner)
+    found = Tokenizer(inner)
+    if lowercase and not found.lowercase:
+        inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    return found
 
 
 def own_embed_id(folder: str | pathlib.Path) -> int | None:
