@@ -192,6 +192,16 @@ def keep_start(p: Parts, start) -> None:
         p.ability.remember(base)
 
 
+def keep_ability(p: Parts) -> None:
+    """Keeps how a begun run's base answers the ordinary chats where that was not asked for when it began.
+
+    Raises UserError as `Parts.initial_params` does, where the weights it began with are gone.
+    """
+    if p.ability and not p.ability.file.is_file():
+        base = weights.load_base(p.workdir, p.model, p.mesh) if p.model.lora else p.initial_params()
+        p.ability.remember(lora.split(base)[0])
+
+
 def start_name(config: ConfigDict, plan: list[str]) -> str:
     """What to call the weights a run begins with, beside the stages of its plan."""
     if not weights.is_trained(config.init_from):

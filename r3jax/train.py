@@ -49,6 +49,9 @@ def main(argv: list[str]) -> None:
         parts = assembly.parts(config, workdir, mesh, begun=resuming)
         parts.source  # noqa: B018  written now, so that a cache that cannot be written is no surprise later
 
+        if resuming:
+            assembly.keep_ability(parts)
+
         # Stages: those done are passed over, the one that was stopped is resumed
         checkpointers = {
             name: Checkpointer(workdir / "checkpoints" / name, config.checkpoint.keep, best_key=weights.BEST_KEY)

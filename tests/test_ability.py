@@ -1,17 +1,19 @@
 """The general-ability check: KL(base || model) on ordinary chats, and the bound that stops training."""
 
 import json
+import time
 
 import jax
 import numpy as np
 import pytest
 import scipy.special
 
-from r3jax import evaluate, train
+from r3jax import assembly, evaluate, train, weights
 from r3jax.data.chats import CHATS
 from r3jax.errors import UserError
 from r3jax.model import params as model_params
 from r3jax.model.qwen2 import hidden_states, logits
+from r3jax.model.sharding import make_mesh
 from r3jax.stages.ability import Ability
 from r3jax.text.prompts import QWEN_SYSTEM
 from tests import fixtures
@@ -52,7 +54,7 @@ def test_it_is_the_mean_kl_over_the_answers_tokens(folder, two, tmp_path, mesh):
     parts = fixtures.parts(folder, mesh)
     chats = CHATS[:11]
     ability = Ability(chats, parts.chat, parts.model, parts.mesh, tmp_path / "sub" / "base.npy")
-    base, other = (fixtures.placed(weights, parts) for weights in two)
+    base, other = (fixtures.placed(w, parts) for w in two)
     ability.remember(base)
     assert ability.kl(base) == 0
     found = ability.kl(other)
@@ -89,8 +91,8 @@ def test_it_is_measured_where_the_config_cares(folder, changes, measured):
     assert (fixtures.parts(folder, **changes).ability is not None) == measured
 
 
-def steps(run) -> list[int]:
-    return sorted(int(p.name) for p in (run / "checkpoints" / "sft").iterdir() if p.name.isdigit())
+def steps(run, stage="sft") -> list[int]:
+    return sorted(int(p.name) for p in (run / "checkpoints" / stage).iterdir() if p.name.isdigit())
 
 
 def test_crossing_the_bound_stops_training(folder, tmp_path, capsys):
@@ -109,3 +111,45 @@ def test_crossing_the_bound_stops_training(folder, tmp_path, capsys):
     train.main([*flags, "--config.evaluate.max_ability_kl=100"])
     assert steps(run)[-1] == 6
     assert json.loads((run / "results.json").read_text())["ability_kl"]["sft"] > 1e-6
+
+
+@pytest.fixture(scope="module")
+def unmeasured(folder):
+    """A run of stage 1 that nothing asked to measure, stopped after step 1 of 2; and its flags."""
+    run = folder / "unmeasured"
+    few = {"sft__steps": 2, "sft__kl_weight": 0.0, "evaluate__every": 2, "checkpoint__every": 1}
+    flags = [*fixtures.flags(folder, "sft", **few), f"--workdir={run}"]
+
+    def stop(*_):
+        while not steps(run):  # step 1 is still being written
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", stop)
+        train.main(flags)
+    assert steps(run) == [1] and not (run / "ability").exists()
+    return run, flags
+
+
+def test_a_bound_may_be_set_when_a_run_goes_on(folder, unmeasured, tmp_path):
+    """It is held against the weights that the run began with, not those that it goes on with."""
+    run, flags = unmeasured
+    with pytest.raises(UserError, match="max_ability_kl=1e-06 was crossed at step 2 of sft: the KL to the base"):
+        train.main([*flags, "--config.evaluate.max_ability_kl=1e-6"])
+    assert steps(run) == [1, 2]
+    config = fixtures.config(folder, "sft", evaluate__max_ability_kl=1.0)
+    parts = assembly.parts(config, run, make_mesh(devices=jax.devices()[:1]))
+    with jax.set_mesh(parts.mesh):
+        assert parts.ability.kl(parts.initial_params()) < 1e-6
+        assert parts.ability.kl(weights.load_params(run, parts.model, parts.mesh, "sft")) > 1e-6
+
+
+def test_the_bound_stops_stage_2_too(folder, unmeasured, tmp_path):
+    run = tmp_path / "run"
+    few = {"rl__steps": 2, "rl__kl_weight": 0.0, "evaluate__every": 1, "checkpoint__every": 1}
+    flags = fixtures.flags(folder, init_from=unmeasured[0], evaluate__max_ability_kl=1e-6, **few)
+    says = "config.evaluate.max_ability_kl=1e-06 was crossed at step 1 of rl: the KL to the base on ordinary chats is"
+    with pytest.raises(UserError, match=says):
+        train.main([*flags, f"--workdir={run}"])
+    assert steps(run, "rl") == [1] and not (run / "results.json").exists()

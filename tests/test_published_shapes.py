@@ -142,10 +142,14 @@ def check(config: ModelConfig, mesh: jax.sharding.Mesh, folder: pathlib.Path, lo
     params = load_hugging_face(folder, config, mesh, None)
     with jax.set_mesh(mesh):
         _, scores = jax.device_get(read_all(params, config, *put_batch(mesh, (rows, ends))))
-    _, their_scores = theirs(model.to(torch.bfloat16))
-    gap = (log_probs(scores, rows) - log_probs(their_scores, rows))[known]
-    print(f"bf16: mean difference {gap.mean():.1e} nat, mean absolute {np.abs(gap).mean():.1e}")
-    assert abs(gap.mean()) < 0.01
+    _, low_scores = theirs(model.to(torch.bfloat16))
+    ours, low, high = (log_probs(x, rows)[known] for x in (scores, low_scores, their_scores))
+    assert abs((ours - low).mean()) < 0.01
+    # Errors of both signs cancel in that mean, so their sizes are held against what bf16 costs transformers itself at
+    # these random weights, some 0.01 nat: ours costs no more, and apart are at most two independent errors (root 2).
+    gap, error, cost = (np.abs(x).mean() for x in (ours - low, ours - high, low - high))
+    print(f"bf16: mean absolute difference {gap:.4f} nat; to transformers' fp32 {error:.4f}, its own bf16 {cost:.4f}")
+    assert error < 1.15 * cost and gap < 1.5 * cost
 
 
 @pytest.mark.parametrize(("config", "mesh"), SHAPES.values(), ids=SHAPES.keys())
