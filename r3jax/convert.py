@@ -83,12 +83,12 @@ def import_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
     config.init_from, config.name = name, target.name
     known = settings.read(folder) or settings.read(base)
     weights.adopt(config, parsed.given, known)
-    if "model.param_dtype" not in parsed.given:
-        config.model.param_dtype = read_dtype(base)
     if config.lora.rank:
         raise UserError(f"config.lora.rank is {config.lora.rank}; import first, then train the adapter from that run.")
     checked = ("init_from", "from_scratch", "tokenizer", "model", "mesh", "evaluate")
     run_config.validate(ConfigDict({name: config[name] for name in checked}))
+    if "model.param_dtype" not in parsed.given:
+        config.model.param_dtype = read_dtype(base)
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh), new_folder(target) as part:
