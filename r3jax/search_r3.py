@@ -100,8 +100,8 @@ class SearchR3:
         """The model of a run of ours (the best weights of its last stage), a Hugging Face folder or a hub id.
 
         Args:
-          path: a folder, or `owner/name` on the hub. The config.json of a Hugging Face folder may hold its own
-            prompts and limits.
+          path: a folder, or `owner/name` on the hub. A Hugging Face folder's config.json may hold the model's
+            own prompts and limits.
           max_length: tokens of a text that are read (the chat around it comes on top); default: as trained.
           batch_size: default of the methods' batch_size.
           max_thought_length: tokens that the model may write; default: as trained.

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from r3jax.errors import UserError
-from r3jax.model import lora
+from r3jax.model import lora, peft
 from r3jax.model import params as model_params
 from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face import load_hugging_face
@@ -106,6 +106,7 @@ def load_published(folder: pathlib.Path, model: ModelConfig, mesh: jax.sharding.
     `words` is the folder that `tokenizer` came from, if it was another. Raises UserError for a checkpoint that does
     not fit the model or the tokenizer.
     """
+    _refuse_adapter(folder)
     learnt = tokenizers.own_embed_id(folder)
     if learnt is None:
         learnt = tokenizers.own_embed_id(words or folder)
@@ -140,6 +141,7 @@ def adopt(config: ConfigDict, given: Collection[str] = (), published: settings.S
         found = {f"model.{x}": saved.model.get(x, default) for x, default in fields.items() if x not in OURS}
         prompts = dict(saved.prompts)
     elif any(folder.glob("*.safetensors")):
+        _refuse_adapter(folder)
         found = {f"model.{name}": value for name, value in read_config(folder).items()}
         known = published or settings.read(folder)
         prompts = vars(known.prompts) if known else {}
@@ -155,6 +157,11 @@ def adopt(config: ConfigDict, given: Collection[str] = (), published: settings.S
         words = ", ".join(f"{name}={value!r} (not {now[name]!r})" for name, value in changed.items())
         print(f"config as in {source}: {words}")
         config.update_from_flattened_dict(changed)
+
+
+def _refuse_adapter(folder: pathlib.Path) -> None:
+    if peft.is_adapter(folder):
+        raise UserError(f"{folder} holds an adapter, not a model; make a run of it: python -m r3jax.convert import.")
 
 
 def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelConfig:

@@ -519,6 +519,8 @@ def test_an_adapter_is_exported_for_peft_or_merged(tmp_path, stored_in):
 
     convert.main(["export", str(run), str(tmp_path / "adapter")])
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (tmp_path / "adapter").iterdir()}
+    with pytest.raises(UserError, match="holds an adapter, not a model; make a run of it"):
+        SearchR3.from_pretrained(tmp_path / "adapter", mesh=mesh)
     read, _ = import_adapter(tmp_path / "adapter", dataclasses.replace(model, lora=None), mesh)
     jax.tree.map(np.testing.assert_array_equal, read, adapter)
     card = (tmp_path / "adapter" / "README.md").read_text()
