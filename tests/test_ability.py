@@ -148,7 +148,8 @@ def test_a_bound_may_be_set_when_a_run_goes_on(folder, unmeasured, tmp_path):
 def test_the_bound_stops_stage_2_too(folder, unmeasured, tmp_path):
     run = tmp_path / "run"
     few = {"rl__steps": 2, "rl__kl_weight": 0.0, "evaluate__every": 1, "checkpoint__every": 1}
-    flags = fixtures.flags(folder, init_from=unmeasured[0], evaluate__max_ability_kl=1e-6, **few)
+    moved = {"rl__learning_rate": 0.1, "rl__weight_decay": 0.5}  # weights move even where all rewards are equal
+    flags = fixtures.flags(folder, init_from=unmeasured[0], evaluate__max_ability_kl=1e-6, **few, **moved)
     says = "config.evaluate.max_ability_kl=1e-06 was crossed at step 1 of rl: the KL to the base on ordinary chats is"
     with pytest.raises(UserError, match=says):
         train.main([*flags, f"--workdir={run}"])
