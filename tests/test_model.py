@@ -36,13 +36,10 @@ SHAPES = {
 run = jax.jit(hidden_states, static_argnames="config")
 
 
-@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
-def test_equals_transformers(config):
-    model = reference(config)
-    params = from_hugging_face(state_dict(model), config)
-    tokens, lengths = padded(np.random.default_rng(0), [9, 4, 1], 9, config.vocab)
+def agrees(model, params, config, tokens, lengths):
+    """Asserts transformers' states and logits where there are tokens; our hidden states, and where that is."""
     hidden = run(params, config, tokens, lengths)
-    mask = np.arange(9) < lengths[:, None]
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
     with torch.no_grad():
         want = model(
             torch.tensor(tokens, dtype=torch.long),
@@ -51,6 +48,15 @@ def test_equals_transformers(config):
         )
     np.testing.assert_allclose(hidden[mask], want.hidden_states[-1].numpy()[mask], atol=1e-4)
     np.testing.assert_allclose(logits(params, config, hidden)[mask], want.logits.numpy()[mask], atol=1e-4)
+    return hidden, mask
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
+def test_equals_transformers(config):
+    model = reference(config)
+    params = from_hugging_face(state_dict(model), config)
+    tokens, lengths = padded(np.random.default_rng(0), [9, 4, 1], 9, config.vocab)
+    agrees(model, params, config, tokens, lengths)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -69,16 +75,7 @@ def test_yarn_equals_transformers_below_and_above_the_original_length():
     model = reference(config)
     params = from_hugging_face(state_dict(model), config)
     tokens, lengths = padded(np.random.default_rng(0), [128, 33, 20], 128, config.vocab)
-    hidden = run(params, config, tokens, lengths)
-    mask = np.arange(128) < lengths[:, None]
-    with torch.no_grad():
-        want = model(
-            torch.tensor(tokens, dtype=torch.long),
-            attention_mask=torch.tensor(mask, dtype=torch.long),
-            output_hidden_states=True,
-        )
-    np.testing.assert_allclose(hidden[mask], want.hidden_states[-1].numpy()[mask], atol=1e-4)
-    np.testing.assert_allclose(logits(params, config, hidden)[mask], want.logits.numpy()[mask], atol=1e-4)
+    hidden, mask = agrees(model, params, config, tokens, lengths)
     plain = run(params, dataclasses.replace(config, rope_factor=1.0), tokens, lengths)
     assert np.abs(plain - hidden)[mask].max() > 0.1  # so agreement says something
 
