@@ -124,13 +124,14 @@ def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: in
         part: embeddings, and per-row sums of other losses if wanted. A row must depend on its own row of the
         batch only.
       loss_fn: from that pytree for the whole batch to a scalar, or to (scalar, anything) with `has_aux`.
-      batch: a pytree of arrays [B, ...]; `chunks` divides the rows of each device.
+      batch: a pytree of arrays [B, ...]; `chunks` divides the rows of each device. An array may have fewer rows, as
+        many for each chunk as for another: what a chunk's rows have in common.
 
     Returns:
       (loss, gradient), or ((loss, aux), gradient), as `jax.value_and_grad` would; the gradient is in fp32.
     """
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    shards = _row_shards(jax.tree.leaves(batch)[0])
+    largest = max(jax.tree.leaves(batch), key=lambda x: x.shape[0])
+    rows, shards = largest.shape[0], _row_shards(largest)
     if chunks < 1 or rows % (chunks * shards):
         raise ValueError(f"chunks must divide the {rows // shards} rows of each device, it is {chunks}")
     parts = jax.tree.map(lambda x: _split(x, chunks), batch)
@@ -181,7 +182,9 @@ def _split(x: jax.Array, chunks: int) -> jax.Array:
     short = -x.shape[0] % (chunks * _row_shards(x))
     if short:
         x = jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1))
-    return jnp.moveaxis(x.reshape(-1, chunks, *x.shape[1:]), 1, 0)
+    sharding = jax.typeof(x).sharding
+    spec = None if sharding.mesh.empty else P(sharding.spec[0], None, *sharding.spec[1:])
+    return jnp.moveaxis(jnp.reshape(x, (-1, chunks, *x.shape[1:]), out_sharding=spec), 1, 0)
 
 
 def _row_shards(x: jax.Array) -> int:

@@ -51,8 +51,10 @@ def run(parts, steps: int):
 # The loss, with a decoder of one line: hidden = tanh(embedding + position).
 
 
-def fake_hidden(params, model, tokens, lengths, dropout=None):
-    return jnp.tanh(params["embed"]["table"][tokens] + params["position"][: tokens.shape[1]])
+def fake_states(params, config, packs, dropout=None):
+    """[N, T, D]: every number is a function of token and position alone."""
+    hidden = jnp.tanh(params["embed"]["table"][packs.tokens] + params["position"][packs.positions])
+    return hidden.reshape(len(hidden), -1, hidden.shape[-1])
 
 
 def torch_hidden(params, tokens):
@@ -107,14 +109,14 @@ def batch(parts):
     """A host batch with doubled and known documents, and thoughts that are not the query's own."""
     with jax.set_mesh(parts.mesh):
         stage, state = start(parts)
-        made = {k: np.array(v) for k, v in jax.device_get(stage.next_batch(state, 1)[0]).items()}
+        made = jax.tree.map(np.array, jax.device_get(stage.next_batch(state, 1)[0]))
     made["docs"][3], made["doc_lengths"][3] = made["docs"][5], made["doc_lengths"][5]
     made["doc_rows"][3] = made["doc_rows"][5]
     made["known"][3] = made["known"][5]
     made["known"][0, 1] = made["doc_rows"][1, 0]  # relevant to query 0 too
     made["known"][1, 1] = made["doc_rows"][2, 1]
     made["gold"][::4] = False
-    return made
+    return stage.packed(made)
 
 
 def numbers(parts, seed):
@@ -147,7 +149,7 @@ def ours(parts, batch, params, reference, weights=WEIGHTS):
 
 
 def test_values_and_gradients_of_all_four_terms_equal_torch(parts, batch, monkeypatch):
-    monkeypatch.setattr(sft, "hidden_states", fake_hidden)
+    monkeypatch.setattr(sft, "packed_states", fake_states)
     params, reference = numbers(parts, 0), numbers(parts, 1)
     leaves = {k: torch.tensor(np.array(v), requires_grad=True) for k, v in params.items()}
     frozen = {k: torch.tensor(np.array(v)) for k, v in reference.items()}
@@ -170,7 +172,7 @@ def test_values_and_gradients_of_all_four_terms_equal_torch(parts, batch, monkey
 
 
 def test_known_positives_are_no_negatives(parts, batch, monkeypatch):
-    monkeypatch.setattr(sft, "hidden_states", fake_hidden)
+    monkeypatch.setattr(sft, "packed_states", fake_states)
     params = numbers(parts, 0)
     blind = {**batch, "known": np.where(np.arange(2) == 0, batch["known"], -1)}
     values = []
@@ -181,13 +183,14 @@ def test_known_positives_are_no_negatives(parts, batch, monkeypatch):
 
 
 def test_thoughts_that_are_not_the_querys_own_teach_no_words(parts, batch, monkeypatch):
-    monkeypatch.setattr(sft, "hidden_states", fake_hidden)
+    monkeypatch.setattr(sft, "packed_states", fake_states)
     params = numbers(parts, 0)
     others = {**batch, "gold": np.zeros_like(batch["gold"])}
     random = np.random.default_rng(0).integers(0, 300, batch["reasoned"].shape)
     answers = np.arange(random.shape[1])[None] >= batch["reasoned_start"][:, None]
     answers &= np.arange(random.shape[1])[None] < batch["reasoned_length"][:, None] - 1
     babble = {**others, "reasoned": np.where(answers, random, batch["reasoned"]).astype(np.int32)}
+    babble = start(parts)[0].packed(babble)
     metrics = [
         jax.jit(lambda b: ours(parts, b, params, numbers(parts, 1))[1])(jax.tree.map(jnp.asarray, b))
         for b in (others, babble)
@@ -198,7 +201,7 @@ def test_thoughts_that_are_not_the_querys_own_teach_no_words(parts, batch, monke
 
 
 def test_a_term_of_weight_zero_is_not_computed(parts, batch, monkeypatch):
-    monkeypatch.setattr(sft, "hidden_states", fake_hidden)
+    monkeypatch.setattr(sft, "packed_states", fake_states)
     params, arrays = numbers(parts, 0), jax.tree.map(jnp.asarray, batch)
     only = sft.Weights(ce=0.0, kl=0.0, infonce=2.0, triplet=0.0)
     value, metrics = jax.jit(lambda b: ours(parts, b, params, params, only))(arrays)

@@ -194,29 +194,3 @@ def test_wrong_arguments_are_named(options, says):
 
 
 # --- bucket
-
-
-def test_bucket_keeps_every_token_in_the_smallest_width():
-    lengths = np.array([3, 5, 1])
-    batch = {
-        "ids": np.where(np.arange(16) < lengths[:, None], 1 + np.arange(16), 0),
-        "weights": np.ones((3, 16, 2)),
-        "doc": np.ones((3, 10)),
-        "length": lengths,
-        "doc_length": np.array([9, 9, 9]),
-    }
-    widths = {"ids": "length", "weights": "length", "doc": "doc_length"}
-    out = stream.bucket(batch, widths, [4, 6, 8, 16])
-    assert out["ids"].shape == (3, 6) and out["weights"].shape == (3, 6, 2)
-    assert out["doc"].shape == (3, 10)  # bucket 16 is wider than the array: all of it
-    assert out["ids"].sum() == batch["ids"].sum()
-    assert batch["ids"].shape == (3, 16) and out["length"] is lengths
-    assert stream.bucket(batch, {"ids": "length"}, [5, 6])["ids"].shape == (3, 5)  # exactly fits
-    wider = stream.bucket(batch, {"ids": "length"}, [4, 6, 8], agree=lambda longest: longest + 2)
-    assert wider["ids"].shape == (3, 8)  # another process has a longer row
-
-
-@pytest.mark.parametrize("buckets", [[4], [], [6, 4], [4, 4, 8]])
-def test_bucket_refuses_to_cut_and_odd_buckets(buckets):
-    with pytest.raises(ValueError, match="buckets"):
-        stream.bucket({"ids": np.ones((1, 16)), "n": np.array([5])}, {"ids": "n"}, buckets)

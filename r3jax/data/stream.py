@@ -3,7 +3,7 @@
 Axes: B global batch, N processes, L padded width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grain
@@ -68,36 +68,3 @@ def stream(
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)
-
-
-def bucket(
-    batch: Mapping[str, np.ndarray],
-    key_lengths: Mapping[str, str],
-    buckets: Sequence[int],
-    agree: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> Batch:
-    """Trims right-padded arrays to the smallest bucket that holds their longest row: jit sees few shapes.
-
-    Args:
-      batch: arrays by name.
-      key_lengths: name of an array [B, L, …] → name of its lengths [B]; arrays that must keep the same width
-        share a lengths array. Arrays not named stay as they are.
-      buckets: ascending widths; a longer row than the last is an error.
-      agree: with several processes, a function from the longest lengths of this process (one per entry of
-        key_lengths, in its order) to the longest over all of them, or their shapes would differ.
-
-    Returns:
-      A new dict; the trimmed arrays are views.
-    """
-    if not buckets or list(buckets) != sorted(set(buckets)):
-        raise ValueError(f"buckets must be ascending widths, not {list(buckets)}.")
-    longest = np.array([batch[lengths].max(initial=0) for lengths in key_lengths.values()], np.int64)
-    if agree is not None:
-        longest = np.asarray(agree(longest))
-    trimmed = dict(batch)
-    for (key, lengths), length in zip(key_lengths.items(), longest, strict=True):
-        if length > min(buckets[-1], batch[key].shape[1]):
-            raise ValueError(f"{lengths} reaches {length}, beyond the width of {key} or the last of buckets.")
-        width = buckets[int(np.searchsorted(buckets, length))]
-        trimmed[key] = batch[key][:, :width]
-    return trimmed

@@ -270,13 +270,18 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], valid: Bool[Array, "B L"]):
-        """Returns hidden [B, L, D] and the keys and values of all layers, each [layers, B, L, K, H]."""
+    def __call__(
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segments: Int[Array, "B L"] | Bool[Array, "B L"]
+    ):
+        """Returns hidden [B, L, D] and the keys and values of all layers, each [layers, B, L, K, H].
+
+        A token sees what stands before it in its own segment, and itself; segment 0 (False) is padding.
+        """
         c = self.config
         x = Embed(c, name="embed")(tokens)
         length = tokens.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))
-        mask = causal & valid[:, None, :]
+        mask = causal & (segments[:, None, :] == segments[:, :, None]) & (segments[:, None, :] > 0)
         block = Block
         if REMAT[c.remat] is not None:
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)

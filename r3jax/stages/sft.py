@@ -19,12 +19,13 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from r3jax.data.beir import Dataset
-from r3jax.data.stream import bucket, stream
+from r3jax.data.stream import stream
 from r3jax.losses import info_nce, triplet_margin
-from r3jax.model.encoder import bucket_of, normalise, pool_last
+from r3jax.model.encoder import bucket_of
 from r3jax.model.lora import join
-from r3jax.model.qwen2 import ModelConfig, hidden_states
-from r3jax.model.sharding import BATCH, out, place, put_batch
+from r3jax.model.packing import last_vectors, pack, packed_states, pick
+from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.sharding import BATCH, batch_parts, out, place, put_batch
 from r3jax.stages.state import TrainState, apply, value_and_grad
 from r3jax.stages.tokens import answer_terms, answer_window, fill
 from r3jax.text.prompts import ChatFormat
@@ -159,9 +160,11 @@ class SFT:
         answer = len(chat.tokenizer.encode("assistant\n" + chat.prompts.direct_assistant)) - len(
             chat.tokenizer.encode("assistant\n")
         )
-        widest = chat.reasoning_extra + max(lengths.query + lengths.thought + 1, lengths.document)
-        widest = max(widest, chat.direct_extra + max(lengths.query, lengths.document))
-        self._buckets = sorted({bucket_of(n) for n in range(1, widest + 1)})
+        # Two of the longest rows to a pack.
+        direct = chat.direct_extra + max(lengths.query, lengths.document)
+        self._chunks = chunks
+        self._doc_pack = bucket_of(2 * direct)
+        self._query_pack = bucket_of(2 * max(direct, chat.reasoning_extra + lengths.query + lengths.thought + 1))
         self.update = jax.jit(
             partial(
                 update,
@@ -180,12 +183,20 @@ class SFT:
 
     def next_batch(self, state: TrainState, step: int):
         batch = next(self._stream)
-        flat = {**batch, "docs": np.moveaxis(batch["docs"], 1, 2)}  # [B, L, 1 + H]: bucket trims axis 1
-        widths = {"direct": "direct_length", "reasoned": "reasoned_length", "docs": "doc_lengths"}
-        flat = bucket(flat, widths, self._buckets, agree=_agree if jax.process_count() > 1 else None)
-        flat["docs"] = np.ascontiguousarray(np.moveaxis(flat["docs"], 2, 1))
-        tokens = sum(int(batch[k].sum()) for k in widths.values())
-        return put_batch(self.mesh, flat), {"tokens": tokens * jax.process_count()}
+        tokens = sum(int(batch[name].sum()) for name in ("direct_length", "reasoned_length", "doc_lengths"))
+        return put_batch(self.mesh, self.packed(batch)), {"tokens": tokens * jax.process_count()}
+
+    def packed(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """A host batch, with its rows in packs too."""
+        shards = batch_parts(self.mesh) // jax.process_count()
+        to_packs = partial(pack, shards=shards, chunks=self._chunks, agree=_agree)
+        names = ("direct", "reasoned")
+        kinds = [(batch[name], batch[f"{name}_length"]) for name in names]
+        queries, begins = to_packs(kinds, length=self._query_pack)
+        batch = batch | {f"{name}_begin": begin for name, begin in zip(names, begins, strict=True)}
+        kinds = [(batch["docs"][:, i], batch["doc_lengths"][:, i]) for i in range(batch["docs"].shape[1])]
+        docs, begins = to_packs(kinds, length=self._doc_pack)
+        return batch | {"doc_begins": np.stack(begins, 1), "query_packs": queries, "doc_packs": docs}
 
     def samples(self) -> list[dict]:
         return []
@@ -200,11 +211,13 @@ class SFT:
         self._stream.set_state(stream_state)
 
 
-def _agree(longest: np.ndarray) -> np.ndarray:
-    """The longest lengths over all processes."""
+def _agree(most: int) -> int:
+    """The largest over all processes."""
+    if jax.process_count() == 1:
+        return most
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(longest).max(0)
+    return int(multihost_utils.process_allgather(np.int32(most)).max())
 
 
 def encode(
@@ -214,40 +227,36 @@ def encode(
 
     `dropout` is the random key of an adapter's dropout; None for none.
     """
-    count, per_query, length = part["docs"].shape
-    docs = jnp.reshape(part["docs"], (count * per_query, length), out_sharding=out(P(BATCH, None)))
-    doc_lengths = jnp.reshape(part["doc_lengths"], (count * per_query,), out_sharding=out(P(BATCH)))
+    count, per_query = part["doc_lengths"].shape
 
-    def vectors(hidden, lengths):
-        return normalise(pool_last(hidden, lengths))
+    def read(weights, packs, i: int | None):
+        key = None if dropout is None or i is None else jax.random.fold_in(dropout, i)
+        return packed_states(weights, model, packs, key)
 
-    def read(tokens, lengths, i: int):
-        key = None if dropout is None else jax.random.fold_in(dropout, i)
-        return hidden_states(params, model, tokens, lengths, key)
-
-    docs = vectors(read(docs, doc_lengths, 0), doc_lengths)
+    begins, lengths = (
+        jnp.reshape(part[name], (count * per_query,), out_sharding=out(P(BATCH)))
+        for name in ("doc_begins", "doc_lengths")
+    )
+    docs = last_vectors(read(params, part["doc_packs"], 0), begins, lengths)
     rows = {"docs": jnp.reshape(docs, (count, per_query, -1), out_sharding=out(P(BATCH, None, None)))}
     rows |= {name: place(jnp.zeros(count), P(BATCH)) for name in ("ce", "kl", "answer_tokens")}
+    states = read(params, part["query_packs"], 1)
+    ref_states = read(reference, part["query_packs"], None) if weights.kl else None
     direct_start = part["direct_length"] - direct_window
-    for i, (name, start, window, counts) in enumerate(
-        (
-            ("direct", direct_start, direct_window, None),
-            ("reasoned", part["reasoned_start"], thought_window, part["gold"]),
-        ),
-        start=1,
+    for name, start, window, counts in (
+        ("direct", direct_start, direct_window, None),
+        ("reasoned", part["reasoned_start"], thought_window, part["gold"]),
     ):
-        tokens, lengths = part[name], part[f"{name}_length"]
-        hidden = read(tokens, lengths, i)
-        rows[name] = vectors(hidden, lengths)
+        begin, ends = part[f"{name}_begin"], part[f"{name}_length"]
+        rows[name] = last_vectors(states, begin, ends)
         if not (weights.ce or weights.kl):
             continue
-        positions, targets, mask = answer_window(tokens, start, lengths, window)
+        positions, targets, mask = answer_window(part[name], start, ends, window)
         if counts is not None:
             mask = mask & counts[:, None]
-        ref = None
-        if weights.kl:
-            ref = (reference, hidden_states(reference, model, tokens, lengths))
-        terms = answer_terms(params, model, hidden, positions, targets, ref=ref)
+        places = begin[:, None] + positions
+        ref = (reference, pick(ref_states, places)) if weights.kl else None
+        terms = answer_terms(params, model, pick(states, places), targets, ref=ref)
         rows["ce"] += jnp.where(mask, -terms.logp, 0.0).sum(1)
         rows["kl"] += jnp.where(mask, terms.kl, 0.0).sum(1)
         rows["answer_tokens"] += mask.sum(1).astype(jnp.float32)

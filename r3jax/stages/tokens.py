@@ -34,20 +34,16 @@ def answer_window(
     return positions, targets, mask
 
 
-def answer_terms(
-    params, config: ModelConfig, hidden, positions, targets, *, ref=None, temperature: float = 1.0
-) -> TokenTerms:
+def answer_terms(params, config: ModelConfig, hidden, targets, *, ref=None, temperature: float = 1.0) -> TokenTerms:
     """Log-probability, entropy and KL to the reference of answer tokens, each [B, W].
 
-    hidden [B, L, D] gives the answers' positions only, so logits are computed where they count. `ref` is
-    (reference params, reference hidden [B, L, D]). Log-probabilities are of softmax(logits / temperature).
+    hidden [B, W, D] are the states that predict `targets`, so logits are computed where they count. `ref` is
+    (reference params, reference hidden [B, W, D]). Log-probabilities are of softmax(logits / temperature).
     """
-    batch, width = positions.shape
+    batch, width = targets.shape
 
     def flat(h):
-        picked = jnp.take_along_axis(h, positions[..., None], axis=1)
-        picked = jnp.reshape(picked, (batch * width, -1), out_sharding=out(P(BATCH, None)))
-        return picked
+        return jnp.reshape(h, (batch * width, -1), out_sharding=out(P(BATCH, None)))
 
     def unembed(p):
         logits = head(p, config)

@@ -1,0 +1,128 @@
+"""Packing: several short rows in one long one, so that hardly any padding is computed.
+
+Rows of a batch are put into packs of one length, whole and one after the other; a token sees its own row only. What a
+row would give by itself it gives in a pack, up to rounding. Packs are made on the host and per group of rows: a group
+is what one device computes of one chunk (gradient caching), so nothing ever crosses devices.
+
+Axes: B rows of each kind, N groups, M = B / N rows of a group, P packs of a group, L pack length, W window, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from r3jax.model.encoder import normalise
+from r3jax.model.qwen2 import Decoder, ModelConfig
+from r3jax.model.sharding import BATCH, out
+
+
+class Packs(NamedTuple):
+    """Rows laid out in packs, each leaf [N, P, L]."""
+
+    tokens: Int[Array, "N P L"]
+    positions: Int[Array, "N P L"]  # within the token's own row, from 0
+    segments: Int[Array, "N P L"]  # which row of its pack, from 1; 0 is padding
+
+
+def pack(
+    kinds: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    length: int,
+    shards: int,
+    chunks: int = 1,
+    agree: Callable[[int], int] = lambda most: most,
+) -> tuple[Packs, list[np.ndarray]]:
+    """Packs right-padded rows (numpy); best fit, the longest first.
+
+    Args:
+      kinds: (tokens [B, any width], lengths [B]) of each kind of row; row i of every kind is in the same group.
+      length: of a pack; no row may be longer. Twice the longest row wastes little.
+      shards: into how many parts this process's rows are split over devices.
+      chunks: into how many parts each of those is split by gradient caching, which takes every `chunks`-th row.
+      agree: from this process's number of packs to the largest over all processes.
+
+    Returns:
+      Packs of shards * chunks groups (few different P, so that jit sees few shapes), and for each kind where its rows
+      begin, [B]: in the packs of the row's group, laid end to end.
+    """
+    count = len(kinds[0][1])
+    if count % (shards * chunks):
+        raise ValueError(f"{count} rows cannot be split into {shards} shards of {chunks} chunks.")
+    longest = max(int(lengths.max(initial=1)) for _, lengths in kinds)
+    if longest > length:
+        raise ValueError(f"a row of {longest} tokens does not fit into packs of {length}.")
+    groups = np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
+    placed = [_best_fit(np.concatenate([lengths[rows] for _, lengths in kinds]), length) for rows in groups]
+    most = agree(max(used for _, _, used in placed))
+    step = max(1, (1 << most.bit_length()) // 32)  # at most a sixteenth more
+    most = -(-most // step) * step
+
+    shape = (len(groups), most * length)
+    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    begins = [np.zeros(count, np.int32) for _ in kinds]
+    for n, (rows, (starts, numbers, _)) in enumerate(zip(groups, placed, strict=True)):
+        for kind, ((ids, lengths), begin) in enumerate(zip(kinds, begins, strict=True)):
+            part = slice(kind * len(rows), (kind + 1) * len(rows))
+            begin[rows] = starts[part]
+            sizes = lengths[rows]
+            owner = np.repeat(np.arange(len(rows)), sizes)
+            offset = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            target = starts[part][owner] + offset
+            tokens[n, target] = ids[rows[owner], offset]
+            positions[n, target] = offset
+            segments[n, target] = numbers[part][owner]
+    leaves = (x.reshape(len(groups), most, length) for x in (tokens, positions, segments))
+    return Packs(*leaves), begins
+
+
+def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Where each row begins, its number in its pack (from 1), and how many packs of `size` there are."""
+    starts, numbers = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    free: list[list[tuple[int, int]]] = [[] for _ in range(size + 1)]  # by room left: (pack, rows in it)
+    used = 0
+    for row in np.argsort(-lengths, kind="stable"):
+        need = int(lengths[row])
+        room = next((r for r in range(need, size) if free[r]), size)
+        if room == size:
+            chosen, rows = used, 0
+            used += 1
+        else:
+            chosen, rows = free[room].pop()
+        starts[row] = chosen * size + size - room
+        numbers[row] = rows + 1
+        free[room - need].append((chosen, rows + 1))
+    return starts, numbers, used
+
+
+def packed_states(params, config: ModelConfig, packs: Packs, dropout: jax.Array | None = None) -> Float[Array, "N T D"]:
+    """Hidden states of packs, those of a group end to end (T = P L); those of padding mean nothing.
+
+    `dropout` is a random key: with one, an adapter drops inputs as its config says.
+    """
+    count, most, length = packs.tokens.shape
+    spec = P(BATCH, None)
+    flat = (jnp.reshape(x, (count * most, length), out_sharding=out(spec)) for x in packs)
+    rngs = None if dropout is None else {"dropout": dropout}
+    hidden = Decoder(config).apply({"params": params}, *flat, rngs=rngs)[0]
+    return jnp.reshape(hidden, (count, most * length, -1), out_sharding=out(P(BATCH, None, None)))
+
+
+def pick(states: Float[Array, "N T D"], places: Int[Array, "B W"]) -> Float[Array, "B W D"]:
+    """The states at some places of each row; a place counts from the beginning of the row's group."""
+    count, width = states.shape[0], places.shape[1]
+    spec = P(BATCH, None, None)
+    grouped = jnp.reshape(places, (count, -1, 1), out_sharding=out(spec))
+    picked = jnp.take_along_axis(states, grouped, axis=1)
+    return jnp.reshape(picked, (places.shape[0], width, -1), out_sharding=out(spec))
+
+
+def last_vectors(
+    states: Float[Array, "N T D"], begins: Int[Array, "B"], lengths: Int[Array, "B"]
+) -> Float[Array, "B D"]:
+    """Unit vectors in fp32: each row's last state."""
+    return normalise(pick(states, (begins + lengths - 1)[:, None])[:, 0])

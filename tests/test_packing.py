@@ -1,0 +1,110 @@
+"""Packs hold every row whole, once; a row reads the same in a pack as by itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r3jax.losses import grad_cache
+from r3jax.model.encoder import embed
+from r3jax.model.packing import last_vectors, pack, packed_states, pick
+from r3jax.model.qwen2 import hidden_states
+from r3jax.model.sharding import batch_parts, make_mesh, put_batch
+from tests.tiny_model import padded, sizes, weights
+
+CONFIG = sizes()
+
+
+def rows(seed: int, count: int, longest: int):
+    rng = np.random.default_rng(seed)
+    return padded(rng, rng.integers(1, longest + 1, count), longest, CONFIG.vocab)
+
+
+@pytest.mark.parametrize(("shards", "chunks"), [(1, 1), (2, 1), (1, 3), (2, 3), (4, 2)])
+def test_every_row_is_whole_and_alone(shards, chunks):
+    kinds = [rows(0, 24, 9), rows(1, 24, 16)]
+    packs, begins = pack(kinds, length=32, shards=shards, chunks=chunks)
+    groups = shards * chunks
+    assert packs.tokens.shape[0] == groups and packs.tokens.shape[2] == 32
+    tokens, positions, segments = (x.reshape(groups, -1) for x in packs)
+    used = np.zeros(tokens.shape, int)
+    for (ids, lengths), begin in zip(kinds, begins, strict=True):
+        for row in range(24):
+            shard, within = divmod(row, 24 // shards)
+            group = shard * chunks + within % chunks  # as gradient caching takes its chunks
+            here = slice(begin[row], begin[row] + lengths[row])
+            assert begin[row] // 32 == (begin[row] + lengths[row] - 1) // 32
+            np.testing.assert_array_equal(tokens[group, here], ids[row, : lengths[row]])
+            np.testing.assert_array_equal(positions[group, here], np.arange(lengths[row]))
+            number = set(segments[group, here].tolist())
+            assert len(number) == 1 and 0 not in number
+            mates = packs.segments.reshape(groups, -1, 32)[group, begin[row] // 32]
+            assert (mates == number.pop()).sum() == lengths[row]
+            used[group, here] += 1
+    assert used.max() == 1 and ((used == 1) == (segments > 0)).all()
+
+
+def test_little_is_padding():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(16, 41, 512).astype(np.int32)
+    packs, _ = pack([(np.ones((512, 40), np.int32), lengths)], length=80, shards=1)
+    assert (packs.segments > 0).mean() > 0.9 > lengths.mean() / 40
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="a row of 9 tokens does not fit into packs of 8"):
+        pack([(np.ones((2, 9), np.int32), np.array([9, 1]))], length=8, shards=1)
+    with pytest.raises(ValueError, match="6 rows cannot be split into 2 shards of 2 chunks"):
+        pack([rows(0, 6, 4)], length=8, shards=2, chunks=2)
+
+
+def test_processes_agree_on_the_number_of_packs():
+    packs, _ = pack([rows(0, 4, 4)], length=8, shards=1, agree=lambda most: most + 20)
+    assert packs.tokens.shape[1] == 22
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 2), (2, 4, 1)])
+def test_states_are_those_of_the_rows_by_themselves(mesh):
+    mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+    kinds = [rows(2, 16, 7), rows(3, 16, 20)]
+    packs, begins = pack(kinds, length=40, shards=batch_parts(mesh))
+    params = weights(CONFIG)
+
+    @jax.jit
+    def read(params, packs, begins, lengths, places):
+        states = packed_states(params, CONFIG, packs)
+        return pick(states, places), last_vectors(states, begins, lengths)
+
+    for (tokens, lengths), begin in zip(kinds, begins, strict=True):
+        places = begin[:, None] + np.minimum(np.arange(tokens.shape[1]), lengths[:, None] - 1)
+        with jax.set_mesh(mesh):
+            states, vectors = read(params, *put_batch(mesh, (packs, begin, lengths, places)))
+            states, vectors = jax.device_get((states, vectors))
+        valid = np.arange(tokens.shape[1]) < lengths[:, None]
+        want = np.asarray(hidden_states(params, CONFIG, tokens, lengths))
+        np.testing.assert_allclose(states[valid], want[valid], atol=1e-5)
+        np.testing.assert_allclose(vectors, embed(params, CONFIG, tokens, lengths), atol=1e-5)
+
+
+def test_gradient_caching_takes_packs_apart_as_it_does_rows():
+    tokens, lengths = rows(4, 12, 9)
+    params = weights(CONFIG)
+    goal = jnp.asarray(np.random.default_rng(5).normal(size=(12, CONFIG.width)), jnp.float32)
+
+    def of(chunks):
+        packs, (begin,) = pack([(tokens, lengths)], length=18, shards=1, chunks=chunks)
+        batch = {"begin": begin, "lengths": lengths, "packs": packs}
+
+        def encode(params, part):
+            states = packed_states(params, CONFIG, part["packs"])
+            return last_vectors(states, part["begin"], part["lengths"])
+
+        def loss(vectors):
+            return ((vectors @ goal.T) ** 2).mean()
+
+        return jax.jit(lambda p, b: grad_cache(encode, loss, p, b, chunks))(params, batch)
+
+    (value, gradient), (want, plain) = of(3), of(1)
+    assert float(value) == pytest.approx(float(want), rel=1e-6)
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(jnp.abs(y).max())))
