@@ -126,7 +126,7 @@ def test_importance_makes_up_for_another_sampler():
     """Exact expectation over a small categorical: the gradient of E_policy[A], though another policy sampled."""
     rng = np.random.default_rng(4)
     logits, advantage = rng.normal(size=V).astype(np.float32), rng.normal(size=V).astype(np.float32)
-    sampler = jax.nn.log_softmax(jnp.asarray(logits + 0.3 * rng.normal(size=V).astype(np.float32)))
+    sampler = jax.nn.log_softmax(jnp.asarray(logits + rng.normal(size=V).astype(np.float32)))
 
     def each_token(x, cap):
         logp = jax.nn.log_softmax(x)[:, None]
