@@ -51,6 +51,6 @@ class CollapseGuard:
                 f"the policy has collapsed by step {step} of rl: at {self.low} validations in a row fewer thoughts "
                 f"than config.evaluate.collapse.token_rate={self.token_rate:g} ended with the token, or nDCG@10 was "
                 f"under config.evaluate.collapse.ndcg={self.ndcg:g} of its best, {self.best:.3f}; training stopped and "
-                "the best checkpoint is kept, for python -m r3jax.evaluate; begin anew with a lower rl.learning_rate or "
-                "a larger rl.kl_weight, or set config.evaluate.collapse.evaluations=0 to go on."
+                "the best checkpoint is kept, for python -m r3jax.evaluate; begin anew with a lower rl.learning_rate "
+                "or a larger rl.kl_weight, or set config.evaluate.collapse.evaluations=0 to go on."
             )
