@@ -291,7 +291,7 @@ def test_what_a_forced_terminal_would_have_cost_does_not_matter(parts, weights, 
 
 @pytest.mark.parametrize(
     "mesh, changes",
-    [((1, 1, 1), {"rl__chunks": 2}), ((1, 1, 1), {"rl__chunks": 4}), ((1, 8, 1), {}), ((2, 2, 2), {"rl__chunks": 2})],
+    [((1, 1, 1), {"rl__chunks": 2}), ((1, 1, 1), {"rl__chunks": 4}), ((1, 8, 1), {})],
 )
 def test_neither_micro_batch_nor_device_count_changes_the_update(folder, parts, weights, batch, mesh, changes):
     _, after, metrics = updated(parts, weights, batch)
@@ -376,7 +376,7 @@ def test_flat_groups_are_refilled_or_the_figures_say_why_not(folder, weights):
         [(groups, stats)] = collected(fixtures.parts(folder, rl__dynamic_sampling=rounds, **BY_ROW), weights)
         kept = groups.query == plain.query
         np.testing.assert_array_equal(groups.rewards[kept], plain.rewards[kept])  # the first round is as without
-        assert not plain.flat[~kept].sum() < (~kept).sum() and not groups.flat[~kept].any()
+        assert plain.flat[~kept].all() and not groups.flat[~kept].any()
         assert stats["refill/share"] == (~kept).mean() > 0
         assert stats["refill/missing"] == stats["policy/flat_groups"] == groups.flat.mean()
         assert 1 <= stats["refill/rounds"] <= rounds and 0 < stats["refill/drawn_flat"] < 1

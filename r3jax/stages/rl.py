@@ -323,7 +323,7 @@ def _recomputed(state: TrainState, batch, *, model: ModelConfig, policy: PolicyC
 
     old = in_chunks(log_probs, state.weights, {name: batch[name] for name in names}, chunks)
     weights, stats = algorithms.importance(
-        *(_rows(x) for x in (old, batch["old_logp"], batch["mask"])), cap=policy.importance_cap
+        _rows(old), _rows(batch["old_logp"]), _rows(batch["mask"]), policy.importance_cap
     )
     weights = jnp.reshape(weights, old.shape, out_sharding=out(P(BATCH, None, None)))
     return batch | {"old_logp": old, "importance": weights}, {f"policy/{name}": x for name, x in stats.items()}

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from r3jax.errors import UserError
 from r3jax.model.encoder import bucket_of, pad
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sampler import Completions, sample
+from r3jax.model.sampler import sample
 from r3jax.model.sharding import put_batch
 from r3jax.rl.environment import Clock, Environment, Rollouts
 from r3jax.text.prompts import ChatFormat
@@ -35,7 +35,7 @@ class Groups:
     known: np.ndarray  # [B, P] relevant document rows, -1 where there are fewer
     prompts: np.ndarray  # [B, W] right-padded token rows
     prompt_lengths: np.ndarray  # [B]
-    done: Completions
+    done: Any  # Completions, as numpy arrays
     rewards: np.ndarray  # [B, G] float64; 0 in a group that was dropped
     terms: dict[str, np.ndarray]  # reward terms, each [B, G]
     negatives: np.ndarray  # [B, H] document rows
@@ -206,8 +206,8 @@ class Collector:
         return stats
 
 
-def cut(done: Completions) -> np.ndarray:
-    """Which completions [B, G] reached the limit without the embed token."""
+def cut(done: Any) -> np.ndarray:
+    """Which of some `Completions` [B, G], on the host, reached the limit without the embed token."""
     return ~done.emitted & (done.lengths == done.tokens.shape[2])
 
 
