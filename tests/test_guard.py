@@ -6,7 +6,9 @@ import pytest
 
 from r3jax import train
 from r3jax.errors import UserError
+from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.guard import CollapseGuard
+from r3jax.weights import BEST_KEY
 from tests import fixtures
 
 
@@ -39,13 +41,21 @@ def test_its_state_survives():
     CollapseGuard(2, 0.5, 0.5).restore(None)
 
 
-def test_a_run_stops_and_stays_stopped(tmp_path):
+def test_a_run_stops_keeps_the_best_and_stays_stopped(tmp_path, monkeypatch):
     folder, _ = fixtures.finished_run()
-    more = {"rl__steps": 3, "evaluate__every": 1, "evaluate__collapse__token_rate": 1.0}
-    argv = [*fixtures.flags(folder, init_from=folder / "run", **more), f"--workdir={tmp_path / 'run'}"]
+    rates = iter((1.0, 0.2, 0.2, 1.0))
+
+    def validate(params, parts):
+        rate = next(rates)
+        return {"ndcg@10/direct": 0.1, "ndcg@10/reasoning": 0.4 * rate, "thought_tokens": 3.0, "token_rate": rate}
+
+    monkeypatch.setattr(train, "validate", validate)
+    argv = [*fixtures.flags(folder, init_from=folder / "run", rl__steps=5, evaluate__every=1, checkpoint__keep=1)]
+    argv += [f"--workdir={tmp_path / 'run'}", "--config.evaluate.collapse.evaluations=2"]
     for _ in range(2):  # the second time before any step
-        with pytest.raises(UserError, match="has collapsed by step 2 of rl: at 2 validations in a row"):
-            train.main([*argv, "--config.evaluate.collapse.evaluations=2"])
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["step"] for row in rows) == 2 and max(row.get("eval/token_rate") or 0 for row in rows) < 1
-    assert any((tmp_path / "run" / "checkpoints" / "rl").glob("2"))
+        with pytest.raises(UserError, match="has collapsed by step 3 of rl: at 2 validations in a row"):
+            train.main(argv)
+    assert next(rates) == 1.0
+    kept = Checkpointer(tmp_path / "run" / "checkpoints" / "rl", 1, best_key=BEST_KEY, read_only=True)
+    assert (kept.best(), kept.latest()) == (1, 3)
+    kept.close()
