@@ -104,6 +104,9 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 # Training stops when KL(base || model) on ordinary chats is above so many nats per token; 0: no bound.
                 # Measured with every validation where this, a KL term or LoRA says that the base's ability matters.
                 "max_ability_kl": 0.0,
+                # Stage 2 stops, and the best checkpoint stays, when at so many validations in a row (0: never) fewer
+                # thoughts than token_rate end with the token, or nDCG@10 with reasoning is under ndcg times its best.
+                "collapse": {"evaluations": 0, "token_rate": 0.5, "ndcg": 0.5},
             },
         }
     )

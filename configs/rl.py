@@ -16,6 +16,13 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "steps": 90 if tiny else 500,
             "prompts": 128 if tiny else 64,
             "group_size": 4 if tiny else 8,
+            # Groups whose rewards are all equal teach the policy nothing: in so many rounds at most they are replaced
+            # by fresh prompts' (DAPO). A round costs a whole rollout, and the rounds share index.budget; 0: they stay.
+            "dynamic_sampling": 0,
+            # Optimiser steps per batch of rollouts. Above 1 the old log-probabilities are computed anew, and what the
+            # sampler's differ by is weighted by p_trainer / p_sampler, importance_cap at most (Yao et al. 2025).
+            "epochs": 1,
+            "importance_cap": 2.0,
             "chunks": 1 if tiny else 16,
             # Sampling must be plain: truncation (top_p, top_k) biases the ratio and is refused.
             # tiny writes at 0 when it is used: the cooler its samples, the nearer to what the vector will read.
@@ -33,6 +40,14 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "clip_high": 0.28,
             "kl": "k3",
             "kl_weight": 0.0 if tiny else 0.01,
+            # The KL's reference: 0 is the model that stage 2 began with (under LoRA the adapter off); above, an average
+            # of the policies so far that keeps this share of itself at each step.
+            "reference_decay": 0.0,
+            # Completions without the token at data.max_thought_tokens: "keep" trains on them as on others, "mask" takes
+            # them out of the policy's loss, "soft" lowers the reward of every thought that ends within overlong_window
+            # tokens of the limit, by up to 1 (both DAPO's).
+            "overlong": "keep",
+            "overlong_window": 5 if tiny else 32,
             # tiny: most of what stage 2 wins is that the vector learns to read its own thoughts. 0.2, without hard
             # negatives and with groups of 8, ends at .247, where stage 1 had been.
             "contrastive_weight": 1.0 if tiny else 0.1,
@@ -43,7 +58,11 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "hard_negatives": 4,
             "probe_every": 30,  # steps between comparisons with a fully re-encoded corpus; 0 for none
             "reward": {
+                # dcg_scaled, ndcg, mrr, log_rank, margin; a mix such as ndcg:0.5,margin:0.5; or your own function, with
+                # the signature in r3jax/rl/rewards.py, as package.module.function.
                 "name": "dcg_scaled",
+                # A reward that is not finite: "stop" and name the query, or "drop" its group (no advantage; counted).
+                "on_nan": "stop",
                 "k": 10,
                 "retrieval": 1.0,
                 "format": 0.1,

@@ -31,7 +31,25 @@ from r3jax.text.prompts import ChatFormat, Prompts
 
 # What may differ between the command that began a run and the one that goes on with it.
 # model.max_positions: nothing uses it, and runs from before it was kept have none.
-FREE = ("name", "log.", "checkpoint.", "xla_cache", "data.cache", "evaluate.max_ability_kl", "model.max_positions")
+FREE = (
+    "name",
+    "log.",
+    "checkpoint.",
+    "xla_cache",
+    "data.cache",
+    "evaluate.max_ability_kl",
+    "evaluate.collapse.",
+    "model.max_positions",
+)
+# Fields that came later, and what runs without them do.
+ADDED = {
+    "rl.dynamic_sampling": 0,
+    "rl.epochs": 1,
+    "rl.importance_cap": 2.0,
+    "rl.reference_decay": 0.0,
+    "rl.overlong": "keep",
+    "rl.reward.on_nan": "stop",
+}
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
@@ -45,6 +63,9 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
     if begun:
         old = dict(run_config.leaves(run_config.load_saved(path)))
         new = dict(run_config.leaves(config))
+        old = {key: value for key, value in ADDED.items() if key in new} | old
+        if "rl.overlong_window" not in old and "rl.overlong_window" in new:
+            old["rl.overlong_window"] = new["rl.overlong_window"]  # nothing looked at it
         for key in sorted(old.keys() | new.keys()):
             if not key.startswith(FREE) and old.get(key) != new.get(key):
                 raise UserError(
@@ -251,8 +272,8 @@ def _optimiser(name: str, config: ConfigDict):
     c = config[name]
     tx = optimiser(
         learning_rate=c.learning_rate,
-        warmup=c.warmup,
-        steps=c.steps,
+        warmup=c.warmup * c.get("epochs", 1),
+        steps=c.steps * c.get("epochs", 1),
         weight_decay=c.weight_decay,
         clip_norm=c.clip_norm,
     )
@@ -294,12 +315,16 @@ def _sft(p: Parts, start) -> Stage:
 def _rl(p: Parts, start) -> Stage:
     c, r = p.config, p.config.rl
     tx, _ = _optimiser("rl", c)
+    soft = r.overlong == "soft"
+    terms = {name: r.reward[name] for name in ("retrieval", "format", "length")}
     reward = RewardConfig(
         r.reward.name,
         r.reward.k,
-        {name: r.reward[name] for name in ("retrieval", "format", "length")},
+        terms | ({"overlong": 1.0} if soft else {}),
         r.reward.min_tokens,
         r.reward.max_tokens,
+        overlong_window=r.overlong_window if soft else 0,
+        limit=c.data.max_thought_tokens,
     )
     size = len(p.documents)
     refresh = RefreshConfig(
@@ -334,6 +359,9 @@ def _rl(p: Parts, start) -> Stage:
         probe_every=r.probe_every,
         most_positives=p.most_positives,
         seed=c.seed + 1,  # another order and other noise than stage 1
+        refill=r.dynamic_sampling,
+        mask_overlong=r.overlong == "mask",
+        on_nan=r.reward.on_nan,
         policy=rl.PolicyConfig(
             advantage=r.advantage,
             normalise=r.normalise,
@@ -347,6 +375,9 @@ def _rl(p: Parts, start) -> Stage:
             hard_negatives=r.hard_negatives,
             temperature=r.temperature,
             max_new=c.data.max_thought_tokens + 1,
+            epochs=r.epochs,
+            importance_cap=r.importance_cap,
+            reference_decay=r.reference_decay,
         ),
     )
 

@@ -135,8 +135,7 @@ def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: in
     if chunks < 1 or rows % (chunks * shards):
         raise ValueError(f"chunks must divide the {rows // shards} rows of each device, it is {chunks}")
     parts = jax.tree.map(lambda x: _split(x, chunks), batch)
-    encoded = jax.lax.map(lambda part: encode_fn(params, part), parts)
-    encoded = jax.tree.map(lambda x: _join(x, rows), encoded)
+    encoded = _encoded(encode_fn, params, parts, rows)
     value, upstream = jax.value_and_grad(loss_fn, has_aux=has_aux)(encoded)
     upstream = jax.tree.map(lambda x: _split(x, chunks), upstream)
 
@@ -148,6 +147,20 @@ def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: in
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)  # bf16 would round each sum
     gradient, _ = jax.lax.scan(add, zeros, (parts, upstream))
     return value, gradient
+
+
+def in_chunks(encode_fn: Callable, params, batch, chunks: int):
+    """`encode_fn(params, batch)`, `chunks` parts one after the other; for what needs no gradient. As `grad_cache`."""
+    if chunks == 1:
+        return encode_fn(params, batch)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    return _encoded(encode_fn, params, jax.tree.map(lambda x: _split(x, chunks), batch), rows)
+
+
+def _encoded(encode_fn: Callable, params, parts, rows: int):
+    """The first `rows` encoded rows of `parts` [chunks, n, ...]."""
+    encoded = jax.lax.map(lambda part: encode_fn(params, part), parts)
+    return jax.tree.map(lambda x: _join(x, rows), encoded)
 
 
 def _logits_function(unembed) -> Callable:

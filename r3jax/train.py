@@ -24,6 +24,7 @@ from r3jax.results.report import write_report
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.config import run_main
+from r3jax.run.guard import CollapseGuard
 from r3jax.run.log import RunLog, quiet_libraries
 from r3jax.search.index import VersionedIndex
 from r3jax.stages.state import Stage, TrainState
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
         begun = [name for name in plan if checkpointers[name].latest() is not None]
         log = None
         for i, name in enumerate(plan):
+            guard = CollapseGuard(**config.evaluate.collapse)
             if name in begun[:-1]:
                 continue
             if name in begun:
@@ -74,6 +76,9 @@ def main(argv: list[str]) -> None:
                         "put the old files back or name another --workdir."
                     )
                 check_ability(meta.get("ability_kl"), name, int(state.step), parts)
+                guard.restore(meta.get("collapse"))
+                if int(state.step) < stage.steps:
+                    guard.check(int(state.step))
                 clock["before"] = meta["seconds"]
                 log = RunLog(workdir, resume_offset=meta["log"])
                 log.say(f"stage {name}: going on from step {int(state.step)} of {stage.steps}")
@@ -88,7 +93,7 @@ def main(argv: list[str]) -> None:
                 log = log or RunLog(workdir)
                 log.say(announce(name, plan, parts, stage))
                 del start
-            run_stage(stage, state, parts, checkpointers[name], log, clock)
+            run_stage(stage, state, parts, checkpointers[name], log, clock, guard)
             del state
         for checkpointer in checkpointers.values():
             checkpointer.close()
@@ -161,7 +166,13 @@ def announce(name: str, plan: list[str], parts: Parts, stage: Stage) -> str:
 
 
 def run_stage(
-    stage: Stage, state: TrainState, parts: Parts, checkpointer: Checkpointer, log: RunLog, clock: dict
+    stage: Stage,
+    state: TrainState,
+    parts: Parts,
+    checkpointer: Checkpointer,
+    log: RunLog,
+    clock: dict,
+    guard: CollapseGuard,
 ) -> None:
     """The training loop: make a batch, dispatch the update, log the step before."""
     config = parts.config
@@ -193,6 +204,8 @@ def run_stage(
                     log.write(stage.name, step, {f"eval/{name}": value for name, value in scores.items()})
                     progress.update(step, {"validation " + weights.BEST_KEY: scores[weights.BEST_KEY]})
                     ability = scores.get("ability_kl")
+                    if stage.name == "rl":
+                        guard.see(scores)
                 crossed = ability is not None and 0 < config.evaluate.max_ability_kl < ability
                 meta = {
                     "data": stage.stream_state(),
@@ -200,6 +213,7 @@ def run_stage(
                     "log": log.offset,
                     "seconds": clock["before"] + time.time() - clock["start"],
                     "ability_kl": ability,
+                    "collapse": guard.state(),
                 }
                 kept = {"train": assembly.to_keep(state, parts), "host": stage.host_state()}
                 # Without its scores a step that forgot too much is never taken for the best.
@@ -207,6 +221,9 @@ def run_stage(
                 if crossed:
                     checkpointer.wait()
                     check_ability(ability, stage.name, step, parts)
+                if guard.collapsed and step < stage.steps:
+                    checkpointer.wait()
+                    guard.check(step)
                 mark = time.perf_counter()
     checkpointer.wait()
 

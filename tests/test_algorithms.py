@@ -15,6 +15,7 @@ from r3jax.rl.algorithms import (
     RATIOS,
     advantages,
     group_spread,
+    importance,
     kl,
     masked_mean,
     policy_loss,
@@ -106,6 +107,50 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_that_of_reinforce(batch, ra
     assert float(stats["clip_low"]) == float(stats["clip_high"]) == float(stats["logp_gap"]) == 0.0
     tokens = np.maximum(mask.sum(1, keepdims=True), 1)
     np.testing.assert_allclose(gradient, -advantage[:, None] * mask / tokens / (mask.sum(1) > 0).sum(), rtol=1e-5)
+
+
+def test_importance_by_hand():
+    sampler = np.log([[0.5, 0.5, 0.1, 0.2]]).astype(np.float32)
+    old = np.log([[0.5, 0.25, 0.9, np.nan]]).astype(np.float32)
+    weights, stats = importance(old, sampler, np.array([[1.0, 1, 1, 0]]), cap=2.0)
+    np.testing.assert_allclose(weights, [[1, 0.5, 2, 1]], rtol=1e-6)
+    assert float(stats["importance"]) == pytest.approx(3.5 / 3) and float(stats["importance_cut"]) == pytest.approx(
+        1 / 3
+    )
+    assert float(stats["logp_gap"]) == pytest.approx((np.log(2) + np.log(9)) / 3)
+    with pytest.raises(ValueError, match="cap"):
+        importance(old, sampler, np.ones((1, 4)), cap=0.0)
+
+
+def test_importance_makes_up_for_another_sampler():
+    """Exact expectation over a small categorical: the gradient of E_policy[A], though another policy sampled."""
+    rng = np.random.default_rng(4)
+    logits, advantage = rng.normal(size=V).astype(np.float32), rng.normal(size=V).astype(np.float32)
+    sampler = jax.nn.log_softmax(jnp.asarray(logits + rng.normal(size=V).astype(np.float32)))
+
+    def each_token(x, cap):
+        logp = jax.nn.log_softmax(x)[:, None]
+        mask = jnp.ones((V, 1))
+        weights, _ = importance(jax.lax.stop_gradient(logp), sampler[:, None], mask, cap)
+        # One row at a time, for the loss is a mean.
+        rows = [
+            policy_loss(
+                logp[i : i + 1],
+                jax.lax.stop_gradient(logp)[i : i + 1],
+                advantage[i : i + 1],
+                mask[:1],
+                weights=weights[i : i + 1],
+            )[0]
+            for i in range(V)
+        ]
+        return jnp.stack(rows)
+
+    def expected(cap):
+        return jnp.exp(sampler) @ jax.jacrev(lambda x: each_token(x, cap))(jnp.asarray(logits))
+
+    want = jax.grad(lambda x: -(jax.nn.softmax(x) * advantage).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(expected(100.0), want, rtol=1e-3, atol=1e-6)
+    assert np.abs(np.asarray(expected(1.0) - want)).max() > 0.01  # truncated: less variance, some bias
 
 
 def test_zero_advantage_gives_zero_gradient(batch):

@@ -225,6 +225,7 @@ IMPOSSIBLE = [
     ("rl.top_k", 50, "config.rl.top_k must be 0, for truncated sampling biases the policy ratio"),
     ("rl.advantage", "gpro", "config.rl.advantage must be one of grpo, dr_grpo, rloo, not 'gpro'"),
     ("rl.kl", "k1", "config.rl.kl must be one of none, k2, k3, not 'k1'"),
+    ("rl.reward.name", 3, "config.rl.reward.name must name a reward, not 3"),
     ("index.policy", "oldest", "config.index.policy must be one of none, round_robin,"),
     ("index.kind", "hnsw", "config.index.kind must be one of exact, scann, not 'hnsw'"),
     ("rl.reward.min_tokens", 20, "(20) must not exceed rl.reward.max_tokens (16)"),
@@ -250,6 +251,17 @@ def test_an_impossible_value_is_named(good, field, value, sentence):
     with pytest.raises(UserError) as error:
         configs.validate(good)
     assert sentence in str(error.value)
+
+
+def test_a_moving_reference_needs_a_reference_of_its_own(good):
+    good.rl.update({"reference_decay": 0.99, "kl_weight": 0.01})
+    configs.validate(good)
+    good.lora.rank, good.init_from = 8, ""
+    with pytest.raises(UserError, match="config.lora.rank is 8, but config.init_from is empty"):
+        configs.validate(good)
+    del good["init_from"]
+    with pytest.raises(UserError, match=r"config.rl.reference_decay is 0.99, but with lora.rank=8 the reference is"):
+        configs.validate(good)
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from r3jax.errors import UserError
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig, Rollouts
 from r3jax.search.index import VersionedIndex
 
@@ -285,3 +286,56 @@ def test_high_recall_rebuilds_nothing():
     world = World()
     env = environment(world, rebuild_below=0.9)
     assert all(s["index/rebuilds"] == 0 and s["index/probe_recall"] == 1 for _, _, s in play(env, world, 3))
+
+
+def test_rounds_of_a_step_share_its_budget():
+    world = World()
+    env = environment(world, policy="boundary")
+    world.move()
+    spent = []
+    for rounds in (3, 2, 1):
+        _, stats = env.score(world.rollouts(), world.encode, 1, rounds=rounds)
+        spent.append(stats["index/reencoded"])
+    assert spent[0] == REFRESH["budget"] // 3 < spent[1] < spent[2] <= REFRESH["budget"]
+    assert world.encoded == spent[2] == (env.index.versions == 1).sum()  # nothing twice
+
+
+def test_a_users_reward_may_not_be_finite():
+    world = World()
+    env = environment(world, name="tests.user_rewards.nan_for_row_0")
+    rollouts = world.rollouts()
+    rollouts.relevant[4:8, 0], rollouts.emitted[5] = 0, False
+    rewards, _ = env.score(rollouts, world.encode, 1)
+    assert np.isnan(rewards[[4, 6, 7]]).all() and np.isfinite(np.delete(rewards, [4, 6, 7])).all()
+
+
+def test_a_mix_is_the_weighted_sum_of_its_parts():
+    found = {}
+    for name in ("ndcg", "log_rank", "ndcg:0.5,log_rank:0.25,tests.user_rewards.closeness:2"):
+        world = World()
+        env = environment(world, name=name)
+        rollouts = world.rollouts()
+        env.score(rollouts, world.encode, 1)
+        found[name] = env.terms
+    mix = found.pop(name)
+    np.testing.assert_allclose(mix["ndcg"], found["ndcg"]["retrieval"])
+    np.testing.assert_allclose(mix["log_rank"], found["log_rank"]["retrieval"])
+    np.testing.assert_allclose(mix["retrieval"], 0.5 * mix["ndcg"] + 0.25 * mix["log_rank"] + 2 * mix["closeness"])
+    assert mix["closeness"][~rollouts.emitted].max() == 0 < mix["closeness"].max()
+    assert set(found["ndcg"]) == {"retrieval", "format", "length"}
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("broken", "failed: ZeroDivisionError: division by zero (user_rewards.py:"),
+        ("one_number", "must return one number for each of the 24 rollouts, not"),
+    ],
+)
+def test_a_users_reward_that_fails_is_named(name, sentence):
+    world = World()
+    with pytest.raises(UserError) as error:
+        environment(world, name=f"tests.user_rewards.{name}").score(world.rollouts(), world.encode, 1)
+    assert str(error.value).startswith(f"config.rl.reward.name: tests.user_rewards.{name} ") and sentence in str(
+        error.value
+    )

@@ -148,6 +148,45 @@ TRAIN = [
     (["--config.lora.targets=", "--config.lora.rank=8"], "config.lora.targets is empty, but lora.rank is 8"),
     (["--config.lora.rank=8"], "config.lora.rank is 8, but config.init_from is empty; an adapter needs a base"),
     (["--config.evaluate.max_ability_kl=-1"], "config.evaluate.max_ability_kl must be at least 0, not -1.0"),
+    # rewards
+    (["--config.rl.reward.name=ndgc"], "or a function of yours as package.module.function, not 'ndgc' (did you mean"),
+    (
+        ["--config.rl.reward.name=ndcg:0.5,margin"],
+        "config.rl.reward.name gives margin no weight; in a mix each has one",
+    ),
+    (
+        ["--config.rl.reward.name=ndcg:half"],
+        "config.rl.reward.name gives ndcg the weight 'half', which is not a number",
+    ),
+    (["--config.rl.reward.name=ndcg:1,mrr:-1"], "gives mrr the weight -1, which must be above 0 and finite"),
+    (["--config.rl.reward.name=mrr:1,mrr:1"], "config.rl.reward.name names mrr twice"),
+    (
+        ["--config.rl.reward.name=nowhere.reward"],
+        "names nowhere.reward, but nowhere cannot be imported (ModuleNotFound",
+    ),
+    (["--config.rl.reward.name=math.reward"], "names math.reward, but math has no function reward"),
+    (["--config.rl.reward.name=math.isqrt"], "names math.isqrt, which must take (rows, scores, relevant, positive_"),
+    (["--config.rl.reward.on_nan=skip"], "config.rl.reward.on_nan must be one of stop, drop, not 'skip'"),
+    # choices of the algorithm
+    (["--config.rl.dynamic_sampling=-1"], "config.rl.dynamic_sampling must be at least 0, not -1"),
+    (["--config.rl.overlong=cut"], "config.rl.overlong must be one of keep, mask, soft, not 'cut'"),
+    (
+        ["--config.rl.overlong=soft", "--config.rl.overlong_window=6"],
+        "config.rl.overlong_window (6) must not exceed data.max_thought_tokens (5)",
+    ),
+    (["--config.rl.epochs=0"], "config.rl.epochs must be at least 1, not 0"),
+    (["--config.rl.importance_cap=0.5"], "config.rl.importance_cap must be at least 1, for weights around 1 are right"),
+    (["--config.rl.reference_decay=1"], "config.rl.reference_decay must be at least 0 and below 1, not 1.0"),
+    (
+        ["--config.rl.reference_decay=0.9", "--config.rl.kl_weight=0"],
+        "config.rl.reference_decay is 0.9, but rl.kl_weight is 0, so nothing looks at the reference; set",
+    ),
+    (
+        ["--config.rl.reference_decay=0.9", "--config.model.param_dtype=bfloat16"],
+        "config.rl.reference_decay is 0.9, but in model.param_dtype=bfloat16 its small steps would be rounded away",
+    ),
+    (["--config.evaluate.collapse.evaluations=-1"], "config.evaluate.collapse.evaluations must be at least 0, not -1"),
+    (["--config.evaluate.collapse.ndcg=2"], "config.evaluate.collapse.ndcg must be between 0 and 1, not 2.0"),
     # values
     (["--config.rl.top_p=0.9"], "config.rl.top_p must be 1, for truncated sampling biases the policy ratio"),
     (["--config.rl.temperature=0"], "config.rl.temperature must be above 0"),

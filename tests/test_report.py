@@ -141,7 +141,7 @@ def test_everything_is_on_the_page(tmp_path):
         "Triplet margin",
         "KL to the frozen start",
         "Reward terms",
-        "Completions that end with the token % share 54.0",
+        "Ends of the completions % with the token 54.0",
         "Completion length",
         "Age of the vectors",
         "Documents re-encoded per step",

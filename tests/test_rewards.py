@@ -15,6 +15,7 @@ from r3jax.rl.rewards import (
     margin,
     mrr,
     ndcg,
+    overlong_term,
 )
 
 # Two rollouts of one query each; document 7 is relevant to the first, 2 and 9 to the second.
@@ -131,6 +132,14 @@ def test_format_and_length_terms():
         length_term([1], minimum=5, maximum=4)
     with pytest.raises(ValueError, match="lengths"):
         length_term([-1], minimum=1, maximum=4)
+
+
+def test_the_soft_punishment_of_long_thoughts():
+    got = overlong_term([0, 15, 16, 18, 20], limit=20, window=5)
+    np.testing.assert_allclose(got, [0, 0, -0.2, -0.6, -1])
+    for window in (0, 21):
+        with pytest.raises(ValueError, match="window"):
+            overlong_term([1], limit=20, window=window)
 
 
 def test_combine():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from r3jax import assembly
+from r3jax.errors import UserError
 from r3jax.model.encoder import encode_rows
 from r3jax.rl.environment import Rollouts
 from r3jax.stages import rl
@@ -288,13 +289,174 @@ def test_what_a_forced_terminal_would_have_cost_does_not_matter(parts, weights, 
     assert updated(parts, weights, other)[2]["policy/loss"] != pytest.approx(metrics["policy/loss"])
 
 
-def test_gradient_caching_changes_nothing(folder, parts, weights, batch):
+@pytest.mark.parametrize(
+    "mesh, changes",
+    [((1, 1, 1), {"rl__chunks": 2}), ((1, 1, 1), {"rl__chunks": 4}), ((1, 8, 1), {})],
+)
+def test_neither_micro_batch_nor_device_count_changes_the_update(folder, parts, weights, batch, mesh, changes):
     _, after, metrics = updated(parts, weights, batch)
-    _, again, chunked = updated(fixtures.parts(folder, rl__chunks=4), weights, batch)
-    assert metrics.keys() == chunked.keys()
+    _, again, other = updated(fixtures.parts(folder, mesh, **changes), weights, batch)
+    assert metrics.keys() == other.keys()
     for name in metrics:
-        assert float(chunked[name]) == pytest.approx(float(metrics[name]), rel=1e-4, abs=1e-6), name
+        assert float(other[name]) == pytest.approx(float(metrics[name]), rel=1e-4, abs=1e-6), name
     assert distance(after, again) < 2e-3  # Adam turns rounding into steps where gradients are 0
+
+
+def test_two_epochs_are_two_updates_on_the_trainers_own_log_probabilities(folder, weights, batch):
+    """The same learning rates: 8 steps of one epoch, or 4 of two."""
+    one = fixtures.parts(folder, rl__steps=8)
+    with jax.set_mesh(one.mesh):
+        stage, state = start(one, weights)
+        seen = []
+        for _ in range(2):
+            state, metrics = stage.update(state, rl.put_batch(one.mesh, batch))
+            seen.append(jax.device_get(metrics))
+        want = jax.device_get(state)
+    two = fixtures.parts(folder, rl__epochs=2)
+    with jax.set_mesh(two.mesh):
+        stage, state = start(two, weights)
+        state, metrics = stage.update(state, rl.put_batch(two.mesh, batch))
+        got = jax.device_get(state)
+    assert int(got.step) == 1 and int(want.step) == 2  # of the loop: batches of rollouts
+    assert distance(got.params, want.params) < 2e-3
+    assert distance(got.params, weights) > 3e-3
+    for name in ("loss", "grad_norm", "policy/ratio", "policy/kl"):
+        assert float(metrics[name]) == pytest.approx((seen[0][name] + seen[1][name]) / 2, rel=1e-3, abs=1e-5)
+    assert seen[1]["policy/logp_gap"] > 1e-3 > metrics["policy/logp_gap"]  # of sampler and trainer, before any step
+    assert metrics["policy/importance"] == pytest.approx(1, abs=1e-5) and metrics["policy/importance_cut"] == 0
+
+
+def test_epochs_weigh_what_another_sampler_wrote(folder, weights, batch):
+    """A sampler that found every token three times less likely: weights of 3, cut off at 2."""
+    far = {**batch, "old_logp": batch["old_logp"] - np.float32(np.log(3))}
+    only = {"rl__epochs": 2, "rl__kl_weight": 0.0, "rl__contrastive_weight": 0.0}
+    _, _, near = updated(fixtures.parts(folder, **only), weights, batch)
+    _, _, metrics = updated(fixtures.parts(folder, rl__chunks=4, **only), weights, far)
+    assert metrics["policy/importance"] == 2 and metrics["policy/importance_cut"] == 1
+    assert metrics["policy/logp_gap"] == pytest.approx(np.log(3), abs=1e-4)
+    assert metrics["policy/ratio"] == pytest.approx(near["policy/ratio"], abs=1e-2)  # to the trainer, not the sampler
+    assert metrics["policy/loss"] == pytest.approx(2 * near["policy/loss"], rel=0.1)
+
+
+def test_the_reference_follows_slowly(folder, weights, batch):
+    moving = fixtures.parts(folder, rl__reference_decay=0.75)
+    with jax.set_mesh(moving.mesh):
+        stage, state = start(moving, weights)
+        state, _ = stage.update(state, rl.put_batch(moving.mesh, batch))
+        state = jax.device_get(state)
+    want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, weights, state.params)
+    assert distance(state.reference, want) < 1e-6 < 1e-4 < distance(state.reference, weights)
+
+
+# Dynamic sampling, overlong thoughts, rewards that are not finite.
+
+BY_ROW = {"rl__reward__format": 0.0, "rl__reward__length": 0.0}
+BY_ROW["rl__reward__name"] = "tests.user_rewards.flat_for_odd_rows"
+
+
+def collected(parts, weights, steps: int = 1):
+    """The groups of the first steps, with their figures."""
+    found = []
+    with jax.set_mesh(parts.mesh):
+        stage, state = start(parts, weights)
+        for step in range(1, steps + 1):
+            with jax.transfer_guard("disallow"):
+                found.append(
+                    stage._collector.collect(state.weights, lambda rows: stage._encode(state.weights, rows), step)
+                )
+    return found
+
+
+def test_flat_groups_are_refilled_or_the_figures_say_why_not(folder, weights):
+    [(plain, _)] = collected(fixtures.parts(folder, **BY_ROW), weights)
+    odd = plain.known[:, 0] % 2 == 1
+    assert odd.any() and plain.flat[odd].all() and not plain.flat.all()
+    missing = {}
+    for rounds in (1, 8):
+        [(groups, stats)] = collected(fixtures.parts(folder, rl__dynamic_sampling=rounds, **BY_ROW), weights)
+        kept = groups.query == plain.query
+        np.testing.assert_array_equal(groups.rewards[kept], plain.rewards[kept])  # the first round is as without
+        assert plain.flat[~kept].all() and not groups.flat[~kept].any()
+        assert stats["refill/share"] == (~kept).mean() > 0
+        assert stats["refill/missing"] == stats["policy/flat_groups"] == groups.flat.mean()
+        assert 1 <= stats["refill/rounds"] <= rounds and 0 < stats["refill/drawn_flat"] < 1
+        assert stats["index/reencoded"] <= 0.1 * 200
+        missing[rounds] = stats["refill/missing"]
+        # Whatever a refilled row holds is of one query.
+        relevant = fixtures_positives(folder)
+        for query, known, negatives in zip(groups.query, groups.known, groups.negatives, strict=True):
+            assert set(known[known >= 0]) == relevant[query] and not set(negatives) & relevant[query]
+    assert missing[8] == 0  # full
+    [(_, stats)] = collected(
+        fixtures.parts(folder, rl__dynamic_sampling=2, **BY_ROW | {"rl__reward__name": "tests.user_rewards.nothing"}),
+        weights,
+    )
+    assert stats["refill/missing"] == stats["refill/drawn_flat"] == 1 and stats["refill/share"] == 0
+    assert stats["refill/rounds"] == 2
+
+
+def fixtures_positives(folder) -> dict[int, set[int]]:
+    dataset = fixtures.parts(folder).dataset
+    return {dataset.query_row[query]: set(rows) for query, rows in dataset.positives("train").items()}
+
+
+def test_a_refilled_step_resumes_alike_and_compiles_nothing_more(folder, weights):
+    parts = fixtures.parts(folder, rl__dynamic_sampling=3, **BY_ROW)
+    compiled: list[str] = []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    with jax.set_mesh(parts.mesh):
+        stage, state = start(parts, weights)
+        rows, kept = [], None
+        for step in range(1, 5):
+            if step == 4:
+                kept = stage.host_state(), json.loads(json.dumps(stage.stream_state()))
+                jax.monitoring.register_event_duration_secs_listener(listen)
+            rows.append(stage.next_batch(state, step))
+        jax.monitoring.unregister_event_duration_listener(listen)
+        assert compiled == [] and rows[-1][1]["refill/rounds"] >= 1
+        other = assembly.make_stage("rl", parts, None)
+        other.resume(*kept)
+        again, stats = other.next_batch(state, 4)
+        for name, want in jax.device_get(rows[-1][0]).items():
+            np.testing.assert_array_equal(again[name], want)
+        assert stats["refill/share"] == rows[-1][1]["refill/share"]
+        assert other.stream_state() == stage.stream_state()
+
+
+def test_overlong_thoughts_are_masked_or_punished(folder, weights, plain):
+    kept, plain_stats, _ = plain[0][0]
+    cut = ~kept["emitted"] & (kept["lengths"] - kept["starts"] == 6)
+    assert cut.any() and plain_stats["completion/cut"] == cut.mean()
+    [(masked, _, _)], _ = play(fixtures.parts(folder, rl__overlong="mask"), weights, 1)
+    np.testing.assert_array_equal(masked["mask"], np.where(cut[..., None], 0.0, kept["mask"]))
+    np.testing.assert_array_equal(masked["rewards"], kept["rewards"])
+    [(soft, stats, _)], _ = play(fixtures.parts(folder, rl__overlong="soft", rl__overlong_window=4), weights, 1)
+    length = kept["lengths"] - kept["starts"] - 1  # of at most 5
+    punished = -np.clip((length - 1) / 4, 0, 1)
+    np.testing.assert_allclose(soft["rewards"], kept["rewards"] + punished, atol=1e-5)
+    assert stats["reward/overlong"] == pytest.approx(punished.mean()) and punished.min() == -1
+    np.testing.assert_array_equal(soft["mask"], kept["mask"])
+
+
+def test_a_reward_that_is_not_finite_stops_by_name_or_drops_its_group(folder, weights):
+    nan = {"rl__reward__name": "tests.user_rewards.nan_for_odd_rows"}
+    with pytest.raises(UserError) as error:
+        collected(fixtures.parts(folder, **nan), weights)
+    said = str(error.value)
+    assert said.startswith("the reward of query 'please ") and "is not a finite number at step 1" in said
+    assert "config.rl.reward.on_nan=drop" in said
+    [(batch, stats, metrics)], _ = play(fixtures.parts(folder, rl__reward__on_nan="drop", **nan), weights, 1)
+    odd = batch["known"][:, 0] % 2 == 1
+    dropped = odd & batch["emitted"].any(1)
+    assert stats["reward/dropped"] == dropped.mean() > 0
+    assert not batch["rewards"][dropped].any() and batch["rewards"][~odd].any()
+    assert np.isfinite([stats["reward/mean"], stats["reward/retrieval"], metrics["loss"]]).all()
+    [(_, stats)] = collected(fixtures.parts(folder, rl__reward__on_nan="drop", rl__dynamic_sampling=8, **nan), weights)
+    assert stats["reward/dropped"] == 0 and stats["refill/missing"] == 0
 
 
 def test_a_mesh_gives_the_rewards_and_losses_of_one_device(folder, weights, plain):

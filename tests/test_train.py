@@ -121,6 +121,7 @@ def test_the_page_draws_what_a_run_logs(finished):
     logged = {key for line in (folder / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     plots = [curves._EVAL, curves._TIME, *curves._TERMS, *curves._REWARD, *curves._INDEX]
     assert {key for plot in plots for key in plot.keys} - logged == set()
+    assert {key for plot in curves._CHOSEN for key in plot.keys} & logged == set()  # test_rl.py has these
 
 
 def test_a_changed_data_set_is_refused(finished, tmp_path):

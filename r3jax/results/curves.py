@@ -48,7 +48,19 @@ _REWARD = [
         {"reward/retrieval": "retrieval", "reward/format": "format", "reward/length": "length"},
         zero=True,
     ),
-    _Plot("Completions that end with the token", {"completion/token_rate": "share"}, "%", scale=100, top=100),
+    _Plot(
+        "Spread of the reward terms",
+        {"reward/retrieval_std": "retrieval", "reward/format_std": "format", "reward/length_std": "length"},
+        note="Standard deviation over the rollouts.",
+        zero=True,
+    ),
+    _Plot(
+        "Ends of the completions",
+        {"completion/token_rate": "with the token", "completion/cut": "cut at the limit"},
+        "%",
+        scale=100,
+        top=100,
+    ),
     _Plot(
         "Completion length",
         {"completion/length_mean": "mean"},
@@ -79,6 +91,27 @@ _REWARD = [
         {"policy/logp_gap": "gap"},
         "nats",
         "Difference of their log-probabilities of the same tokens.",
+        zero=True,
+    ),
+    _Plot("Gradient norm", {"grad_norm": "norm"}, zero=True),
+    _Plot("Throughput", {"tokens_per_second": "rate"}, "tokens per second", zero=True),
+]
+# Of choices that are off by default: drawn where they were made.
+_CHOSEN = [
+    _Plot("Soft punishment of overlong thoughts", {"reward/overlong": "mean"}),
+    _Plot("Groups dropped for their rewards", {"reward/dropped": "share"}, "%", scale=100, zero=True),
+    _Plot(
+        "Groups refilled",
+        {"refill/share": "refilled", "refill/missing": "still flat", "refill/drawn_flat": "flat among the fresh"},
+        "%",
+        "Groups without spread, replaced by fresh prompts’.",
+        scale=100,
+        top=100,
+    ),
+    _Plot(
+        "Importance weights",
+        {"policy/importance": "mean", "policy/importance_cut": "share cut off"},
+        note="Trainer over sampler, at the first of several epochs.",
         zero=True,
     ),
 ]
@@ -162,7 +195,7 @@ def reinforcement(lines: Sequence[Line]) -> str:
         if mean is not None and spread is not None:
             line = {**line, "low": mean - spread, "high": mean + spread}
         rl.append(line)
-    return _grid([_draw(plot, rl) for plot in _REWARD])
+    return _grid([_draw(plot, rl) for plot in (*_REWARD, *_CHOSEN)])
 
 
 def index(lines: Sequence[Line]) -> str:

@@ -15,7 +15,8 @@ Departures from GRPO as published (Shao et al., DeepSeekMath, arXiv 2402.03300):
   negative, low variance) with k2's gradient, (log p - log q) * grad log p, which is unbiased where the
   samples are the policy's.
 - One inner step per batch is the usual case: the ratio is then 1 and the clip idle, yet the gradient is the
-  same.
+  same. With several, the ratio is to the trainer's own log-probabilities before the first of them, and a
+  truncated weight corrects for the sampler's being a little different (`importance`).
 
 Axis legend: B prompts, G samples per prompt (group), R = B * G rollouts, T tokens. Masks are 1 at sampled
 tokens, the terminal token included; a token that was forced (length limit) has mask 0. Everything is
@@ -30,6 +31,7 @@ ADVANTAGES = ("grpo", "dr_grpo", "rloo")
 NORMALISERS = ("token", "sequence", "dr_grpo")
 RATIOS = ("token", "sequence")
 KLS = ("none", "k2", "k3")
+OVERLONG = ("keep", "mask", "soft")  # what becomes of completions that reach the limit
 
 
 def group_spread(rewards: Float[Array, "B G"]) -> Float[Array, " B"]:
@@ -93,17 +95,19 @@ def policy_loss(
     normalise: str = "token",
     ratio: str = "token",
     max_tokens: int | None = None,
+    weights: Float[Array, "R T"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The clipped surrogate -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), averaged.
 
     Args:
       logp: log-probabilities of the sampled tokens under the policy that is trained.
-      old_logp: the same under the policy that sampled them, constants.
+      old_logp: the same under the policy before its first step on this batch, constants.
       advantages: one per rollout, constants.
       mask: 1 at sampled tokens.
       ratio: "token" = p / p_old of each token; "sequence" = their geometric mean over the rollout (GSPO, to
         be used with normalise="sequence").
       normalise, max_tokens: see `masked_mean`.
+      weights: of each token's surrogate, constants (see `importance`); 1 where not given.
 
     Returns:
       The loss and float32 scalars, means over the tokens of the mask: `clip_low` and `clip_high`, the shares
@@ -123,6 +127,8 @@ def policy_loss(
     gains = jax.lax.stop_gradient(advantages)[:, None]
     clipped = jnp.clip(ratios, 1.0 - clip_low, 1.0 + clip_high)
     surrogate = -jnp.minimum(ratios * gains, clipped * gains)
+    if weights is not None:
+        surrogate = surrogate * jax.lax.stop_gradient(weights)
     loss = masked_mean(surrogate, mask, normalise=normalise, max_tokens=max_tokens)
     stats = {
         "clip_low": masked_mean((ratios < 1.0 - clip_low) & (gains < 0), mask),
@@ -131,6 +137,32 @@ def policy_loss(
         "logp_gap": masked_mean(jnp.abs(gap), mask),
     }
     return loss, jax.lax.stop_gradient(stats)
+
+
+def importance(
+    old_logp: Float[Array, "R T"], sampler_logp: Float[Array, "R T"], mask: Float[Array, "R T"], cap: float
+) -> tuple[Float[Array, "R T"], dict[str, Float[Array, ""]]]:
+    """Truncated importance weights min(p_trainer / p_sampler, cap) of each token; 1 where masked.
+
+    Sampler and trainer hold the same weights and compute in another order: the tokens come from the sampler's
+    distribution, the gradient is the trainer's. Source: Yao et al., "Your Efficient RL Framework Secretly Brings
+    You Off-Policy RL Training" (2025, fengyao.notion.site/off-policy-rl).
+
+    Returns:
+      The weights, and means over the tokens of the mask: `importance`, of the weights; `importance_cut`, the share
+      that was cut off; `logp_gap`, mean |old_logp - sampler_logp|.
+    """
+    if not cap > 0:
+        raise ValueError(f"cap must be above 0, it is {cap}")
+    gap = jnp.where(mask > 0, old_logp - sampler_logp, 0.0)
+    ratios = jnp.exp(gap)
+    weights = jnp.minimum(ratios, cap)
+    stats = {
+        "importance": masked_mean(weights, mask),
+        "importance_cut": masked_mean((ratios > cap).astype(jnp.float32), mask),
+        "logp_gap": masked_mean(jnp.abs(gap), mask),
+    }
+    return jax.lax.stop_gradient((jnp.where(mask > 0, weights, 1.0), stats))
 
 
 def kl(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from r3jax.rl import rewards
+from r3jax.rl.mix import Retrieval
 from r3jax.search.index import VersionedIndex
 from r3jax.search.refresh import DriftEstimate, choose
 
@@ -36,11 +37,13 @@ class Rollouts:
 class RewardConfig:
     """Which reward, its depth, and the weights of its terms."""
 
-    name: str
+    name: str  # see `r3jax.rl.mix`
     k: int
-    weights: dict[str, float]  # retrieval, format, length
+    weights: dict[str, float]  # retrieval, format, length; overlong, if overlong_window is not 0
     min_tokens: int
     max_tokens: int
+    overlong_window: int = 0  # tokens before `limit` in which a thought is punished for its length
+    limit: int = 0  # the most tokens that a thought can have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +63,26 @@ class Environment:
 
     def __init__(self, index: VersionedIndex, reward: RewardConfig, refresh: RefreshConfig, *, probes: int, seed: int):
         self.index, self.reward_config, self.refresh = index, reward, refresh
+        self._retrieval = Retrieval(reward.name)
+        self.terms: dict[str, np.ndarray] = {}  # of the last `score`, each [R]
         self.drift = DriftEstimate()
         rng = np.random.default_rng(seed)
         self.probes = np.sort(rng.choice(len(index), min(probes, len(index)), replace=False))
         self.rebuilds = 0
         self._ranked: tuple[np.ndarray, np.ndarray] | None = None  # candidates and fresh scores of the last step
 
-    def score(self, rollouts: Rollouts, encode: Encode, step: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Rewards [R] after a selective refresh at `step`, and what happened on the way."""
+    def score(
+        self, rollouts: Rollouts, encode: Encode, step: int, rounds: int = 1
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Rewards [R] after a selective refresh at `step`, and what happened on the way.
+
+        A step may have several rounds of rollouts: `rounds` says how many may still come, this one included. Each
+        may spend an equal share of what the ones before have left of the step's budget. Where a user's reward gave
+        no finite number, the rollout's is NaN.
+        """
         clock = Clock()
         refresh, k = self.refresh, self.reward_config.k
+        budget = max(0, refresh.budget - int((self.index.versions == step).sum())) // rounds
         before = self.index.versions.copy()
         depth = min(refresh.over_retrieve, len(self.index))
         candidates, stale = self.index.search(rollouts.vectors, depth)
@@ -81,7 +94,7 @@ class Environment:
                 "neighbourhood",
                 versions=before,
                 step=step,
-                budget=refresh.budget,
+                budget=budget,
                 positives=positives,
                 candidates=np.zeros((0, 1), np.int64),
             )
@@ -97,7 +110,7 @@ class Environment:
             refresh.policy,
             versions=self.index.versions,
             step=step,
-            budget=max(0, refresh.budget - spent),
+            budget=max(0, budget - spent),
             candidates=candidates,
             scores=scores,
             theta=theta,
@@ -115,7 +128,7 @@ class Environment:
         if refresh.policy == "full":  # the reference, whatever the stale search did not return
             candidates, fresh = self.index.search(rollouts.vectors, depth)
         self._ranked = candidates, fresh
-        total, terms = self._reward(rollouts, candidates, fresh)
+        total, self.terms = self._reward(rollouts, candidates, fresh)
         clock.lap("reward")
         probe_drift = self._probe_drift(encode)
         recall = self.index.recall_probe(rollouts.vectors[:64], k)
@@ -124,8 +137,8 @@ class Environment:
             self.rebuilds += 1
         clock.lap("encode")
         ages = step - self.index.versions
-        reencoded = int((self.index.versions != before).sum())
-        stats = {f"reward/{name}": float(term.mean()) for name, term in terms.items()}
+        reencoded = int((self.index.versions == step).sum())
+        stats = {f"reward/{name}": float(term.mean()) for name, term in self.terms.items()}
         stats |= {
             "index/reencoded": reencoded,
             "index/share": reencoded / len(self.index),
@@ -199,21 +212,25 @@ class Environment:
         # Ties go to the lower row, as in every search here.
         order = np.lexsort((rows, -ranked), axis=1)[:, : candidates.shape[1]]
         rows, ranked = np.take_along_axis(rows, order, 1), np.take_along_axis(ranked, order, 1)
+        found = self._retrieval(
+            rows,
+            ranked,
+            rollouts.relevant,
+            own,
+            k=c.k,
+            size=len(self.index),
+            ranks=self._ranks(rollouts, own, rows, ranked, stored) if self._retrieval.needs_ranks else None,
+            emitted=rollouts.emitted,
+        )
+        known = np.isfinite(found["retrieval"])
         terms = {
-            "retrieval": rewards.REWARDS[c.name](
-                rows,
-                ranked,
-                rollouts.relevant,
-                own,
-                k=c.k,
-                size=len(self.index),
-                ranks=self._ranks(rollouts, own, rows, ranked, stored) if c.name == "log_rank" else None,
-                emitted=rollouts.emitted,
-            ),
+            "retrieval": np.where(known, found["retrieval"], 0.0),
             "format": rewards.format_term(rollouts.emitted),
             "length": rewards.length_term(rollouts.lengths, c.min_tokens, c.max_tokens),
         }
-        return rewards.combine(terms, c.weights), terms
+        if c.overlong_window:
+            terms["overlong"] = rewards.overlong_term(rollouts.lengths, c.limit, c.overlong_window)
+        return np.where(known, rewards.combine(terms, c.weights), np.nan), terms | found
 
     def _ranks(self, rollouts: Rollouts, own, rows, ranked, stored) -> np.ndarray:
         """Rank [R] of each rollout's best relevant document: among the candidates, or, if below them, among all."""

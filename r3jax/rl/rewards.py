@@ -100,6 +100,17 @@ def length_term(lengths, minimum: int, maximum: int) -> np.ndarray:
     return np.clip(np.minimum(short, 2.0 - lengths / maximum), 0.0, 1.0)
 
 
+def overlong_term(lengths, limit: int, window: int) -> np.ndarray:
+    """0 up to `window` tokens before the limit, falling linearly to -1 at the limit; [R].
+
+    `lengths` [R] counts the tokens of the thought, without the embed token. Source: DAPO's soft overlong
+    punishment (arXiv 2503.14476), whose buffer is the window.
+    """
+    if not 1 <= window <= limit:
+        raise ValueError(f"window must be between 1 and the limit of {limit} tokens, it is {window}")
+    return -np.clip((np.asarray(lengths, np.float64) - (limit - window)) / window, 0.0, 1.0)
+
+
 def combine(terms: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
     """The weighted sum [R] of named reward terms [R]; each term has a weight and each weight a term."""
     if not terms:

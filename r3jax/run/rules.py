@@ -2,7 +2,7 @@
 
 Each row names the fields it looks at (dotted), a predicate over their values, and what the user is told. A
 row with a field that the config does not have is skipped, so one table serves every config. In sentences
-{0}, {1} are the values of the named fields.
+{0}, {1} are the values of the named fields. A predicate that raises ValueError says the sentence itself.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from r3jax.errors import UserError
 from r3jax.model.hub import is_hub_id
 from r3jax.model.lora import TARGETS
 from r3jax.model.qwen2 import REMAT
-from r3jax.rl.algorithms import ADVANTAGES, KLS, NORMALISERS, RATIOS
-from r3jax.rl.rewards import REWARDS
+from r3jax.rl.algorithms import ADVANTAGES, KLS, NORMALISERS, OVERLONG, RATIOS
+from r3jax.rl.mix import ON_NAN, Retrieval
 from r3jax.search.index import KINDS
 from r3jax.search.refresh import POLICIES
 
@@ -207,8 +207,9 @@ RULES: list[Rule] = [
     *between(0, 1, "sft.corrupt_thoughts", "sft.pseudo_queries"),
     # stage 2
     *at_least(0, "rl.steps", "rl.warmup", "rl.weight_decay"),
-    *at_least(1, "rl.prompts", "rl.chunks", "rl.reward.k", "rl.reward.max_tokens"),
-    *at_least(0, "rl.probe_every"),
+    *at_least(1, "rl.prompts", "rl.chunks", "rl.epochs", "rl.reward.k", "rl.reward.max_tokens"),
+    *at_least(0, "rl.probe_every", "rl.dynamic_sampling"),
+    *at_least(1, "rl.importance_cap", why=", for weights around 1 are right"),
     *at_least(2, "rl.group_size", why=", for an advantage compares completions of the same query"),
     *above(0, "rl.temperature", "rl.learning_rate", "rl.clip_norm", "rl.contrastive_temperature"),
     Rule(("rl.top_p",), lambda v: v == 1, "must be 1, for truncated sampling biases the policy ratio, not {0}"),
@@ -220,7 +221,31 @@ RULES: list[Rule] = [
     *above(0, "rl.clip_low", "rl.clip_high"),
     Rule(("rl.clip_low",), lambda v: v < 1, "must be below 1, not {0}"),
     *at_least(0, "rl.kl_weight", "rl.hard_negatives", "rl.contrastive_weight"),
-    *one_of("rl.reward.name", *REWARDS),
+    Rule(("rl.reference_decay",), lambda v: 0 <= v < 1, "must be at least 0 and below 1, not {0}"),
+    Rule(
+        ("rl.reference_decay", "rl.kl_weight"),
+        lambda decay, weight: not decay or weight > 0,
+        "is {0}, but rl.kl_weight is 0, so nothing looks at the reference; set a weight, or rl.reference_decay=0",
+    ),
+    Rule(
+        ("rl.reference_decay", "lora.rank"),
+        lambda decay, rank: not decay or not rank,
+        "is {0}, but with lora.rank={1} the reference is the base that the adapter needs as it is; set it to 0",
+    ),
+    Rule(
+        ("rl.reference_decay", "model.param_dtype"),
+        lambda decay, dtype: not decay or dtype == "float32",
+        "is {0}, but in model.param_dtype={1} its small steps would be rounded away; use float32, or 0",
+    ),
+    *one_of("rl.overlong", *OVERLONG),
+    *at_least(1, "rl.overlong_window"),
+    Rule(
+        ("rl.overlong_window", "rl.overlong", "data.max_thought_tokens"),
+        lambda window, kind, limit: kind != "soft" or window <= limit,
+        "({0}) must not exceed data.max_thought_tokens ({2})",
+    ),
+    Rule(("rl.reward.name",), lambda v: bool(Retrieval(v)), "must name a reward, not {0!r}"),
+    *one_of("rl.reward.on_nan", *ON_NAN),
     *at_least(0, "rl.reward.retrieval", "rl.reward.format", "rl.reward.length", "rl.reward.min_tokens"),
     Rule(
         ("rl.reward.min_tokens", "rl.reward.max_tokens"),
@@ -251,6 +276,8 @@ RULES: list[Rule] = [
     # state and what the user sees
     *at_least(1, "checkpoint.every", "checkpoint.keep", "log.every", "evaluate.batch_size"),
     *at_least(0, "log.samples_every", "evaluate.every", "evaluate.thoughts", "evaluate.max_ability_kl"),
+    *at_least(0, "evaluate.collapse.evaluations"),
+    *between(0, 1, "evaluate.collapse.token_rate", "evaluate.collapse.ndcg"),
 ]
 
 
@@ -265,7 +292,9 @@ def check(values: Mapping[str, Any]) -> None:
         given = [values[f] for f in rule.fields]
         try:
             holds = rule.holds(*given)
-        except TypeError:  # a config file that puts text where a number belongs
+        except (TypeError, AttributeError):  # a config file that puts text where a number belongs, or the reverse
             holds = False
+        except ValueError as e:
+            raise UserError(f"config.{rule.fields[0]} {e}.") from None
         if not holds:
             raise UserError(f"config.{rule.fields[0]} {rule.sentence.format(*given)}.")

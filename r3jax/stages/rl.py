@@ -5,7 +5,8 @@ reference by a KL term, and its vectors by an optional InfoNCE over the rollouts
 reaches the embedding only through shared weights).
 
 On-policy: one optimiser step per batch of rollouts, so the sampler's own log-probabilities serve as the old
-ones and none are recomputed. An adapter's dropout is not applied here: the policy that is moved must be the one that
+ones and none are recomputed. With several epochs the trainer's own are, and truncated importance weights stand for
+the difference to the sampler's. An adapter's dropout is not applied here: the policy that is moved must be the one that
 sampled.
 
 Axes: B prompts, G samples per prompt, R = B G rollouts, T new tokens, P prompt length, D width.
@@ -19,18 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from r3jax.data.stream import stream
-from r3jax.losses import info_nce
+from r3jax.losses import in_chunks, info_nce
 from r3jax.model.encoder import bucket_of, encode_rows, normalise, pad, pool_last
 from r3jax.model.lora import join
 from r3jax.model.qwen2 import ModelConfig, hidden_states
-from r3jax.model.sampler import sample
 from r3jax.model.sharding import BATCH, out, place, put_batch
 from r3jax.rl import algorithms
-from r3jax.rl.environment import Clock, Environment, Rollouts
+from r3jax.rl.environment import Environment
+from r3jax.stages.rollouts import Collector, Groups, cut
 from r3jax.stages.sft import Lengths
 from r3jax.stages.state import TrainState, apply, value_and_grad
 from r3jax.stages.tokens import answer_terms, answer_window, fill
@@ -53,6 +53,9 @@ class PolicyConfig:
     hard_negatives: int
     temperature: float
     max_new: int
+    epochs: int = 1  # optimiser steps per batch of rollouts
+    importance_cap: float = 2.0  # of the weights that several epochs want; see `algorithms.importance`
+    reference_decay: float = 0.0  # of the reference, an average of the policies so far; 0 freezes it
 
 
 class PromptTransform:
@@ -72,6 +75,10 @@ class RL:
     Args:
       documents: token rows of the whole corpus, by document row.
       queries: texts, by query row.
+      refill: rounds in which groups without a spread of rewards may be replaced; see `r3jax.stages.rollouts`.
+      mask_overlong: whether completions that were cut at the limit are left out of the policy's loss and its KL
+        (DAPO); their rewards stay in their group's mean.
+      on_nan: what a reward that is not finite does, one of `mix.ON_NAN`: "stop" the run, or "drop" its group.
     """
 
     name = "rl"
@@ -97,72 +104,66 @@ class RL:
         seed: int,
         most_positives: int,
         policy: PolicyConfig,
+        refill: int = 0,
+        mask_overlong: bool = False,
+        on_nan: str = "stop",
     ):
-        self.steps, self.mesh, self.model, self.group = steps, mesh, model, group
+        self.steps, self.mesh, self.model = steps, mesh, model
         self.queries, self.documents, self.chat, self.lengths = queries, documents, chat, lengths
-        self.environment, self.policy = environment, policy
+        self.environment, self.mask_overlong = environment, mask_overlong
         self.encode_batch, self.probe_every = encode_batch, probe_every
         self._stream = stream(source, transform=PromptTransform(most_positives), batch_size=prompts, seed=seed)
-        self._whole = NamedSharding(mesh, P())  # on every device
-        self._key = jax.device_put(jax.random.key(seed), self._whole)
+        self._collector = Collector(
+            stream=self._stream,
+            queries=queries,
+            chat=chat,
+            max_query=lengths.query,
+            environment=environment,
+            model=model,
+            mesh=mesh,
+            group=group,
+            temperature=policy.temperature,
+            max_new=policy.max_new,
+            hard_negatives=policy.hard_negatives,
+            rounds=refill,
+            on_nan=on_nan,
+            seed=seed,
+        )
         self._samples: list[dict] = []
         self.update = jax.jit(partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0)
 
     def next_batch(self, state: TrainState, step: int):
-        clock = Clock()
-        batch = next(self._stream)
-        texts = [self.queries[row] for row in batch["query"]]
-        prompt_rows = self.chat.reasoning_prompts(texts, self.lengths.query)
-        width = bucket_of(self.chat.reasoning_extra + self.lengths.query)
-        prompts, prompt_lengths = pad(prompt_rows, width)
         weights = state.weights
-        done = jax.device_get(self._sample(weights, prompts, prompt_lengths, batch["query"], step))
-        clock.lap("rollout")
-        rollouts = self._rollouts(done, batch["known"])
 
         def encode(rows):
             return self._encode(weights, rows)
 
-        rewards, stats = self.environment.score(rollouts, encode, step)
+        groups, stats = self._collector.collect(weights, encode, step)
+        done, grouped = groups.done, groups.rewards.astype(np.float32)
         if self.probe_every and step % self.probe_every == 0:
             vectors = self._encode(weights, np.arange(len(self.documents)))
-            exact = self.environment.exact_rewards(rollouts, vectors)
-            stats["probe/reward_error"] = float(np.abs(exact - rewards).mean())
-        grouped = rewards.reshape(-1, self.group).astype(np.float32)
-        spread = grouped.max(1) - grouped.min(1)
-        stats |= {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std()),
-            "policy/flat_groups": float((spread == 0).mean()),
-            "completion/length_mean": float(rollouts.lengths.mean()),
-            "completion/length_min": int(rollouts.lengths.min()),
-            "completion/length_max": int(rollouts.lengths.max()),
-            "completion/token_rate": float(rollouts.emitted.mean()),
-            "time/rollout": clock.seconds["rollout"],
-        }
-        self._keep_samples(texts, done, grouped)
-        tokens, starts, lengths = _sequences(prompt_rows, done, width + self.policy.max_new)
-        docs = batch["known"][:, :1]
-        if self.policy.hard_negatives:
-            wrong = self.environment.hard_negatives(batch["known"], self.group, self.policy.hard_negatives)
-            docs = np.concatenate([docs, wrong], axis=1).astype(np.int32)
+            exact = self.environment.exact_rewards(groups.rollouts, vectors).reshape(grouped.shape)
+            stats["probe/reward_error"] = float(np.abs(exact - groups.rewards)[~groups.dropped].mean())
+        self._keep_samples(groups, grouped)
+        tokens, starts, lengths = _sequences(groups)
+        docs = np.concatenate([groups.known[:, :1], groups.negatives], axis=1).astype(np.int32)
         doc_tokens, doc_lengths = pad(
             [self.documents[row] for row in docs.ravel()],
             bucket_of(self.chat.direct_extra + self.lengths.document),
         )
-        mask = done.mask.astype(np.float32)
+        mask = done.mask & ~cut(done)[..., None] if self.mask_overlong else done.mask
         arrays = {
             "tokens": tokens,
             "starts": starts,
             "lengths": lengths,
             "old_logp": done.logp,
-            "mask": mask,
+            "mask": mask.astype(np.float32),
             "rewards": grouped,
             "emitted": done.emitted,
             "docs": doc_tokens.reshape(*docs.shape, -1),
             "doc_lengths": doc_lengths.reshape(docs.shape),
             "doc_rows": docs,
-            "known": batch["known"],
+            "known": groups.known,
         }
         stats["tokens"] = int(lengths.sum())
         return put_batch(self.mesh, arrays), stats
@@ -180,70 +181,39 @@ class RL:
         self.environment.restore(host_state)
         self._stream.set_state(stream_state)
 
-    def _sample(self, params, prompts, lengths, ids, step: int):
-        """Completions of one step; the key is folded from the seed and the step, so a resume repeats it."""
-        t = self.chat.tokenizer
-        put = partial(put_batch, self.mesh)
-        return sample(
-            params,
-            put(prompts),
-            put(lengths),
-            put(ids),
-            jax.random.fold_in(self._key, jax.device_put(np.int32(step), self._whole)),
-            config=self.model,
-            group=self.group,
-            max_new=self.policy.max_new,
-            temperature=self.policy.temperature,
-            embed_id=t.embed_id,
-            stop_ids=(t.im_end_id, t.pad_id),
-        )
-
     def _encode(self, params, rows: np.ndarray) -> np.ndarray:
         documents = [self.documents[row] for row in rows]
         return encode_rows(params, self.model, self.mesh, documents, batch_size=self.encode_batch)
 
-    def _rollouts(self, done, known: np.ndarray) -> Rollouts:
-        vectors = done.embedding.reshape(-1, done.embedding.shape[-1])
-        return Rollouts(
-            vectors=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
-            relevant=np.repeat(known, self.group, axis=0),
-            emitted=done.emitted.reshape(-1),
-            lengths=done.lengths.reshape(-1) - 1,
-        )
-
-    def _keep_samples(self, texts: list[str], done, grouped: np.ndarray) -> None:
+    def _keep_samples(self, groups: Groups, grouped: np.ndarray) -> None:
         """The best and the worst completion of the first four queries."""
-        self._samples = []
-        for i, text in enumerate(texts[:4]):
+        self._samples, done = [], groups.done
+        for i, text in enumerate(self.queries[row] for row in groups.query[:4]):
             for j in (int(grouped[i].argmax()), int(grouped[i].argmin())):
                 thought = self.chat.tokenizer.decode(done.tokens[i, j, : done.lengths[i, j] - 1])
                 row = {"query": text, "thought": thought, "reward": float(grouped[i, j])}
                 self._samples.append(row | {"tokens": int(done.lengths[i, j] - 1)})
 
 
-def _sequences(prompt_rows: list[list[int]], done, width: int):
+def _sequences(groups: Groups):
     """Prompt and completion in one right-padded row: tokens [B, G, width], starts and lengths [B, G]."""
-    count, group, _ = done.tokens.shape
-    tokens = np.zeros((count, group, width), np.int32)
-    starts = np.repeat(np.array([[len(r)] for r in prompt_rows], np.int32), group, axis=1)
-    for i, row in enumerate(prompt_rows):
-        tokens[i, :, : len(row)] = row
-        tokens[i, :, len(row) : len(row) + done.tokens.shape[2]] = done.tokens[i]
-    return tokens, starts, starts + done.lengths.astype(np.int32)
+    count, group, new = groups.done.tokens.shape
+    tokens = np.zeros((count, group, groups.prompts.shape[1] + new), np.int32)
+    starts = np.repeat(groups.prompt_lengths.astype(np.int32)[:, None], group, axis=1)
+    for i, end in enumerate(groups.prompt_lengths):
+        tokens[i, :, :end] = groups.prompts[i, :end]
+        tokens[i, :, end : end + new] = groups.done.tokens[i]
+    return tokens, starts, starts + groups.done.lengths.astype(np.int32)
 
 
 def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig):
     """Log-probabilities and unit vectors of some prompts' rollouts, row by row."""
-    count, group, length = part["tokens"].shape
-    flat = count * group
-
-    def rows(x):
-        return jnp.reshape(x, (flat, *x.shape[2:]), out_sharding=out(P(BATCH, *[None] * (x.ndim - 2))))
+    count, group, _ = part["tokens"].shape
 
     def grouped(x):
         return jnp.reshape(x, (count, group, *x.shape[1:]), out_sharding=out(P(BATCH, *[None] * x.ndim)))
 
-    tokens, starts, lengths = rows(part["tokens"]), rows(part["starts"]), rows(part["lengths"])
+    tokens, starts, lengths = _rows(part["tokens"]), _rows(part["starts"]), _rows(part["lengths"])
     hidden = hidden_states(params, model, tokens, lengths)
     positions, targets, _ = answer_window(tokens, starts, lengths, policy.max_new)
     terms = answer_terms(params, model, hidden, positions, targets, temperature=policy.temperature)
@@ -264,18 +234,15 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
 
 def loss(result, batch, *, policy: PolicyConfig):
     """Policy gradient + KL + InfoNCE over the global batch, and its health signals."""
-    count, group, steps = result["logp"].shape
-
-    def rows(x):
-        return jnp.reshape(x, (count * group, *x.shape[2:]), out_sharding=out(P(BATCH, *[None] * (x.ndim - 2))))
-
-    mask = rows(batch["mask"])
-    logp = rows(result["logp"])
+    count, group, _ = result["logp"].shape
+    mask = _rows(batch["mask"])
+    logp = _rows(result["logp"])
     total, stats = algorithms.policy_loss(
         logp,
-        rows(batch["old_logp"]),
-        rows(algorithms.advantages(batch["rewards"], policy.advantage)),
+        _rows(batch["old_logp"]),
+        _rows(algorithms.advantages(batch["rewards"], policy.advantage)),
         mask,
+        weights=_rows(batch["importance"]) if "importance" in batch else None,
         clip_low=policy.clip_low,
         clip_high=policy.clip_high,
         normalise=policy.normalise,
@@ -283,10 +250,10 @@ def loss(result, batch, *, policy: PolicyConfig):
         max_tokens=policy.max_new,
     )
     metrics = {"policy/loss": total} | {f"policy/{name}": value for name, value in stats.items()}
-    metrics["policy/entropy"] = algorithms.masked_mean(rows(result["entropy"]), mask)
+    metrics["policy/entropy"] = algorithms.masked_mean(_rows(result["entropy"]), mask)
     if policy.kl_weight:
         kl = algorithms.masked_mean(
-            algorithms.kl(logp, rows(result["ref_logp"]), policy.kl, mask),
+            algorithms.kl(logp, _rows(result["ref_logp"]), policy.kl, mask),
             mask,
             normalise=policy.normalise,
             max_tokens=policy.max_new,
@@ -305,12 +272,12 @@ def loss(result, batch, *, policy: PolicyConfig):
         )
         positive = place(jnp.repeat(jnp.arange(count) * per_query, group), P(BATCH))
         contrast = info_nce(
-            rows(result["vectors"]),
+            _rows(result["vectors"]),
             jnp.reshape(result["docs"], (total_docs, -1), out_sharding=out(P(BATCH, None))),
             positive,
             known,
             policy.contrastive_temperature,
-            weights=rows(batch["emitted"]).astype(jnp.float32),
+            weights=_rows(batch["emitted"]).astype(jnp.float32),
         )
         metrics["policy/contrastive"] = contrast
         total = total + policy.contrastive_weight * contrast
@@ -318,12 +285,50 @@ def loss(result, batch, *, policy: PolicyConfig):
 
 
 def update(state: TrainState, batch, *, model: ModelConfig, tx, policy: PolicyConfig, chunks: int):
-    """One optimiser step on one batch of rollouts: pure, jitted by `RL`."""
+    """The optimiser's steps on one batch of rollouts, one or several epochs: pure, jitted by `RL`.
 
-    def encode_rollouts(trained, part):
-        return encode(join(state.reference, trained), part, model=model, reference=state.reference, policy=policy)
+    Metrics are the mean over the epochs.
+    """
 
-    global_loss = partial(loss, batch=batch, policy=policy)
-    (_, metrics), gradient = value_and_grad(encode_rollouts, global_loss, state.params, batch, chunks)
-    state, norms = apply(tx, state, gradient)
-    return state, metrics | norms
+    def encode_rollouts(trained, part, reference):
+        return encode(join(reference, trained), part, model=model, reference=reference, policy=policy)
+
+    def step(state, batch):
+        rows = partial(encode_rollouts, reference=state.reference)
+        global_loss = partial(loss, batch=batch, policy=policy)
+        (_, metrics), gradient = value_and_grad(rows, global_loss, state.params, batch, chunks)
+        state, norms = apply(tx, state, gradient)
+        return state, metrics | norms
+
+    if policy.epochs == 1:
+        after, metrics = step(state, batch)
+    else:
+        batch, stats = _recomputed(state, batch, model=model, policy=policy, chunks=chunks)
+        after, metrics = jax.lax.scan(lambda s, _: step(s, batch), state, length=policy.epochs)
+        after = after.replace(step=state.step + 1)  # counts batches of rollouts
+        metrics = jax.tree.map(lambda x: x.mean(0), metrics) | stats
+    if policy.reference_decay:
+        moved = optax.incremental_update(after.params, state.reference, 1 - policy.reference_decay)
+        after = after.replace(reference=moved)
+    return after, metrics
+
+
+def _recomputed(state: TrainState, batch, *, model: ModelConfig, policy: PolicyConfig, chunks: int):
+    """The batch with the trainer's own log-probabilities as the old ones, and the weights that make up for that."""
+    only = dataclasses.replace(policy, kl_weight=0.0, contrastive_weight=0.0)
+    names = ("tokens", "starts", "lengths")
+
+    def log_probs(params, part):
+        return encode(params, part, model=model, reference=None, policy=only)["logp"]
+
+    old = in_chunks(log_probs, state.weights, {name: batch[name] for name in names}, chunks)
+    weights, stats = algorithms.importance(
+        _rows(old), _rows(batch["old_logp"]), _rows(batch["mask"]), policy.importance_cap
+    )
+    weights = jnp.reshape(weights, old.shape, out_sharding=out(P(BATCH, None, None)))
+    return batch | {"old_logp": old, "importance": weights}, {f"policy/{name}": x for name, x in stats.items()}
+
+
+def _rows(x):
+    """[B, G, ...] as [R, ...]."""
+    return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=out(P(BATCH, *[None] * (x.ndim - 2))))
