@@ -61,29 +61,23 @@ def batch(plain):
     """The first host batch: some rollouts ended by themselves, others were cut."""
     made = plain[0][0][0]
     assert 0.1 < made["emitted"].mean() < 1
-    return {k: np.array(v) for k, v in made.items()}
+    return jax.tree.map(np.array, made)
 
 
 # The loss, with a decoder of one line: hidden = tanh(embedding + position).
-
-
-def fake_hidden(params, model, tokens, lengths):
-    return jnp.tanh(params["embed"]["table"][tokens] + params["position"][: tokens.shape[1]])
 
 
 def torch_hidden(params, tokens):
     return torch.tanh(params["table"][tokens] + params["position"][: tokens.shape[0]])
 
 
-def torch_loss(params, reference, batch, policy) -> dict[str, torch.Tensor]:
+def torch_loss(params, reference, batch, policy, documents) -> dict[str, torch.Tensor]:
     """Clipped policy gradient, KL and InfoNCE as plain loops over rollouts and tokens."""
     count, group, _ = batch["tokens"].shape
     gain, kl, contrast, tokens, pulled = 0.0, 0.0, 0.0, 0, 0
-    per_query, docs = batch["docs"].shape[1], []
-    texts = torch.tensor(batch["docs"]).long().flatten(0, 1)
-    for row, end in zip(texts, batch["doc_lengths"].ravel(), strict=True):
-        docs.append(F.normalize(torch_hidden(params, row)[end - 1], dim=0))
-    docs, doc_rows = torch.stack(docs), batch["doc_rows"].ravel()
+    doc_rows, per_query = batch["doc_rows"].ravel(), batch["doc_rows"].shape[1]
+    texts = (torch.tensor(documents[row]) for row in doc_rows)
+    docs = torch.stack([F.normalize(torch_hidden(params, text)[-1], dim=0) for text in texts])
     for b in range(count):
         rewards = torch.tensor(batch["rewards"][b])
         advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
@@ -113,7 +107,7 @@ def torch_loss(params, reference, batch, policy) -> dict[str, torch.Tensor]:
 
 
 def test_values_and_gradients_of_all_terms_equal_torch(parts, batch, monkeypatch):
-    monkeypatch.setattr(rl, "hidden_states", fake_hidden)
+    monkeypatch.setattr(rl, "packed_states", fixtures.fake_states)
     p = parts.config.rl
     policy = rl.PolicyConfig(
         advantage="grpo",
@@ -155,7 +149,7 @@ def test_values_and_gradients_of_all_terms_equal_torch(parts, batch, monkeypatch
     known[0, 1], known[1, 1] = batch["doc_rows"][1, 0], batch["doc_rows"][2, 0]  # relevant to others too
     batch = {**batch, "known": known, "old_logp": np.where(batch["mask"] > 0, old, 99.0).astype(np.float32)}
     leaves = {k: torch.tensor(v, requires_grad=True) for k, v in params.items()}
-    want = torch_loss(leaves, {k: torch.tensor(v) for k, v in reference.items()}, batch, policy)
+    want = torch_loss(leaves, {k: torch.tensor(v) for k, v in reference.items()}, batch, policy, parts.documents)
     total = want["loss"] + 0.3 * want["kl"] + 0.5 * want["contrastive"]
     total.backward()
     arrays = jax.tree.map(jnp.asarray, batch)
@@ -189,7 +183,9 @@ def test_the_sampled_rows_are_prompt_completion_and_terminal(parts, batch, plain
         positive, *wrong = batch["doc_rows"][b]
         assert positive == known[0] and len(set(wrong) - set(known)) == parts.config.rl.hard_negatives
         for j, doc in enumerate(batch["doc_rows"][b]):
-            assert list(batch["docs"][b, j, : batch["doc_lengths"][b, j]]) == parts.documents[doc]
+            begin, end = batch["doc_begins"][b, j], batch["doc_begins"][b, j] + batch["doc_lengths"][b, j]
+            group = b // (len(batch["known"]) // len(batch["doc_packs"].tokens))
+            assert batch["doc_packs"].tokens[group].ravel()[begin:end].tolist() == parts.documents[doc]
         for g, tokens in enumerate(rows):
             completion = tokens[batch["starts"][b, g] : batch["lengths"][b, g]]
             assert list(tokens[: len(prompt)]) == prompt

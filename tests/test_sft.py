@@ -51,12 +51,6 @@ def run(parts, steps: int):
 # The loss, with a decoder of one line: hidden = tanh(embedding + position).
 
 
-def fake_states(params, config, packs, dropout=None):
-    """[N, T, D]: every number is a function of token and position alone."""
-    hidden = jnp.tanh(params["embed"]["table"][packs.tokens] + params["position"][packs.positions])
-    return hidden.reshape(len(hidden), -1, hidden.shape[-1])
-
-
 def torch_hidden(params, tokens):
     return torch.tanh(params["table"][tokens] + params["position"][: tokens.shape[1]])
 
@@ -149,7 +143,7 @@ def ours(parts, batch, params, reference, weights=WEIGHTS):
 
 
 def test_values_and_gradients_of_all_four_terms_equal_torch(parts, batch, monkeypatch):
-    monkeypatch.setattr(sft, "packed_states", fake_states)
+    monkeypatch.setattr(sft, "packed_states", fixtures.fake_states)
     params, reference = numbers(parts, 0), numbers(parts, 1)
     leaves = {k: torch.tensor(np.array(v), requires_grad=True) for k, v in params.items()}
     frozen = {k: torch.tensor(np.array(v)) for k, v in reference.items()}
@@ -172,7 +166,7 @@ def test_values_and_gradients_of_all_four_terms_equal_torch(parts, batch, monkey
 
 
 def test_known_positives_are_no_negatives(parts, batch, monkeypatch):
-    monkeypatch.setattr(sft, "packed_states", fake_states)
+    monkeypatch.setattr(sft, "packed_states", fixtures.fake_states)
     params = numbers(parts, 0)
     blind = {**batch, "known": np.where(np.arange(2) == 0, batch["known"], -1)}
     values = []
@@ -183,7 +177,7 @@ def test_known_positives_are_no_negatives(parts, batch, monkeypatch):
 
 
 def test_thoughts_that_are_not_the_querys_own_teach_no_words(parts, batch, monkeypatch):
-    monkeypatch.setattr(sft, "packed_states", fake_states)
+    monkeypatch.setattr(sft, "packed_states", fixtures.fake_states)
     params = numbers(parts, 0)
     others = {**batch, "gold": np.zeros_like(batch["gold"])}
     random = np.random.default_rng(0).integers(0, 300, batch["reasoned"].shape)
@@ -201,7 +195,7 @@ def test_thoughts_that_are_not_the_querys_own_teach_no_words(parts, batch, monke
 
 
 def test_a_term_of_weight_zero_is_not_computed(parts, batch, monkeypatch):
-    monkeypatch.setattr(sft, "packed_states", fake_states)
+    monkeypatch.setattr(sft, "packed_states", fixtures.fake_states)
     params, arrays = numbers(parts, 0), jax.tree.map(jnp.asarray, batch)
     only = sft.Weights(ce=0.0, kl=0.0, infonce=2.0, triplet=0.0)
     value, metrics = jax.jit(lambda b: ours(parts, b, params, params, only))(arrays)

@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 
 from r3jax.data.stream import stream
 from r3jax.losses import in_chunks, info_nce
-from r3jax.model.encoder import bucket_of, encode_rows, normalise, pad, pool_last
+from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.lora import join
-from r3jax.model.qwen2 import ModelConfig, hidden_states
-from r3jax.model.sharding import BATCH, out, place, put_batch
+from r3jax.model.packing import Packs, last_vectors, pack, packed_states, pick
+from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.sharding import BATCH, batch_parts, out, place, put_batch
 from r3jax.rl import algorithms
 from r3jax.rl.environment import Environment
 from r3jax.stages.rollouts import Collector, Groups, cut
@@ -130,6 +131,7 @@ class RL:
             seed=seed,
         )
         self._samples: list[dict] = []
+        self._chunks = chunks
         self.update = jax.jit(partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0)
 
     def next_batch(self, state: TrainState, step: int):
@@ -147,10 +149,11 @@ class RL:
         self._keep_samples(groups, grouped)
         tokens, starts, lengths = _sequences(groups)
         docs = np.concatenate([groups.known[:, :1], groups.negatives], axis=1).astype(np.int32)
-        doc_tokens, doc_lengths = pad(
-            [self.documents[row] for row in docs.ravel()],
-            bucket_of(self.chat.direct_extra + self.lengths.document),
-        )
+        width = bucket_of(self.chat.direct_extra + self.lengths.document)
+        doc_tokens, doc_lengths = pad([self.documents[row] for row in docs.ravel()], width)
+        doc_tokens, doc_lengths = doc_tokens.reshape(*docs.shape, -1), doc_lengths.reshape(docs.shape)
+        packs, begins = self._packed(tokens, lengths)
+        doc_packs, doc_begins = self._packed(doc_tokens, doc_lengths)
         mask = done.mask & ~cut(done)[..., None] if self.mask_overlong else done.mask
         arrays = {
             "tokens": tokens,
@@ -160,8 +163,11 @@ class RL:
             "mask": mask.astype(np.float32),
             "rewards": grouped,
             "emitted": done.emitted,
-            "docs": doc_tokens.reshape(*docs.shape, -1),
-            "doc_lengths": doc_lengths.reshape(docs.shape),
+            "begins": begins,
+            "packs": packs,
+            "doc_lengths": doc_lengths,
+            "doc_begins": doc_begins,
+            "doc_packs": doc_packs,
             "doc_rows": docs,
             "known": groups.known,
         }
@@ -180,6 +186,12 @@ class RL:
     def resume(self, host_state: dict, stream_state) -> None:
         self.environment.restore(host_state)
         self._stream.set_state(stream_state)
+
+    def _packed(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Packs, np.ndarray]:
+        """Rows [B, n, L] in packs of two of the longest, and where each begins [B, n]."""
+        kinds = [(tokens[:, i], lengths[:, i]) for i in range(lengths.shape[1])]
+        packs, begins = pack(kinds, length=2 * tokens.shape[2], shards=batch_parts(self.mesh), chunks=self._chunks)
+        return packs, np.stack(begins, 1)
 
     def _encode(self, params, rows: np.ndarray) -> np.ndarray:
         documents = [self.documents[row] for row in rows]
@@ -213,21 +225,21 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
     def grouped(x):
         return jnp.reshape(x, (count, group, *x.shape[1:]), out_sharding=out(P(BATCH, *[None] * x.ndim)))
 
-    tokens, starts, lengths = _rows(part["tokens"]), _rows(part["starts"]), _rows(part["lengths"])
-    hidden = hidden_states(params, model, tokens, lengths)
+    tokens, starts, lengths, begins = (_rows(part[name]) for name in ("tokens", "starts", "lengths", "begins"))
     positions, targets, _ = answer_window(tokens, starts, lengths, policy.max_new)
-    terms = answer_terms(params, model, hidden, positions, targets, temperature=policy.temperature)
+    places = begins[:, None] + positions
+    states = packed_states(params, model, part["packs"])
+    terms = answer_terms(params, model, pick(states, places), targets, temperature=policy.temperature)
     result = {"logp": grouped(terms.logp), "entropy": grouped(terms.entropy)}
     if policy.kl_weight:
-        ref_hidden = hidden_states(reference, model, tokens, lengths)
-        ref = answer_terms(reference, model, ref_hidden, positions, targets, temperature=policy.temperature)
+        frozen = pick(packed_states(reference, model, part["packs"]), places)
+        ref = answer_terms(reference, model, frozen, targets, temperature=policy.temperature)
         result["ref_logp"] = grouped(jax.lax.stop_gradient(ref.logp))
     if policy.contrastive_weight:
-        result["vectors"] = grouped(normalise(pool_last(hidden, lengths)))
-        per_query = part["docs"].shape[1]
-        doc_lengths = jnp.reshape(part["doc_lengths"], (count * per_query,), out_sharding=out(P(BATCH)))
-        docs = jnp.reshape(part["docs"], (count * per_query, -1), out_sharding=out(P(BATCH, None)))
-        docs = normalise(pool_last(hidden_states(params, model, docs, doc_lengths), doc_lengths))
+        result["vectors"] = grouped(last_vectors(states, begins, lengths))
+        per_query = part["doc_lengths"].shape[1]
+        docs = packed_states(params, model, part["doc_packs"])
+        docs = last_vectors(docs, _rows(part["doc_begins"]), _rows(part["doc_lengths"]))
         result["docs"] = jnp.reshape(docs, (count, per_query, -1), out_sharding=out(P(BATCH, None, None)))
     return result
 
@@ -316,7 +328,7 @@ def update(state: TrainState, batch, *, model: ModelConfig, tx, policy: PolicyCo
 def _recomputed(state: TrainState, batch, *, model: ModelConfig, policy: PolicyConfig, chunks: int):
     """The batch with the trainer's own log-probabilities as the old ones, and the weights that make up for that."""
     only = dataclasses.replace(policy, kl_weight=0.0, contrastive_weight=0.0)
-    names = ("tokens", "starts", "lengths")
+    names = ("tokens", "starts", "lengths", "begins", "packs")
 
     def log_probs(params, part):
         return encode(params, part, model=model, reference=None, policy=only)["logp"]
