@@ -47,8 +47,8 @@ def test_every_row_is_whole_and_alone(shards, chunks):
 def test_little_is_padding():
     rng = np.random.default_rng(0)
     lengths = rng.integers(16, 41, 512).astype(np.int32)
-    packs, _ = pack([(np.ones((512, 40), np.int32), lengths)], length=80, shards=1)
-    assert (packs.segments > 0).mean() > 0.9 > lengths.mean() / 40
+    packs, _ = pack([(np.ones((512, 40), np.int32), lengths)], length=120, shards=1)
+    assert (packs.segments > 0).mean() > 0.85 > lengths.mean() / 40
 
 
 def test_what_does_not_fit_is_refused():
@@ -59,8 +59,8 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_processes_agree_on_the_number_of_packs():
-    packs, _ = pack([rows(0, 4, 4)], length=8, shards=1, agree=lambda most: most + 20)
-    assert packs.tokens.shape[1] == 22
+    packs, _ = pack([rows(0, 4, 4)], length=8, shards=1, agree=lambda most: 35)
+    assert packs.tokens.shape[1] == 36
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 2), (2, 4, 1)])

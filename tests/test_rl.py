@@ -183,9 +183,7 @@ def test_the_sampled_rows_are_prompt_completion_and_terminal(parts, batch, plain
         positive, *wrong = batch["doc_rows"][b]
         assert positive == known[0] and len(set(wrong) - set(known)) == parts.config.rl.hard_negatives
         for j, doc in enumerate(batch["doc_rows"][b]):
-            begin, end = batch["doc_begins"][b, j], batch["doc_begins"][b, j] + batch["doc_lengths"][b, j]
-            group = b // (len(batch["known"]) // len(batch["doc_packs"].tokens))
-            assert batch["doc_packs"].tokens[group].ravel()[begin:end].tolist() == parts.documents[doc]
+            assert list(batch["docs"][b, j, : batch["doc_lengths"][b, j]]) == parts.documents[doc]
         for g, tokens in enumerate(rows):
             completion = tokens[batch["starts"][b, g] : batch["lengths"][b, g]]
             assert list(tokens[: len(prompt)]) == prompt
@@ -256,7 +254,7 @@ def updated(parts, weights, batch):
     with jax.set_mesh(parts.mesh):
         stage, state = start(parts, weights)
         before = jax.device_get(state.params)
-        state, metrics = stage.update(state, rl.put_batch(parts.mesh, batch))
+        state, metrics = stage.update(state, rl.put_batch(parts.mesh, stage.packed(batch)))
         return before, jax.device_get(state.params), jax.device_get(metrics)
 
 
@@ -305,13 +303,13 @@ def test_two_epochs_are_two_updates_on_the_trainers_own_log_probabilities(folder
         stage, state = start(one, weights)
         seen = []
         for _ in range(2):
-            state, metrics = stage.update(state, rl.put_batch(one.mesh, batch))
+            state, metrics = stage.update(state, rl.put_batch(one.mesh, stage.packed(batch)))
             seen.append(jax.device_get(metrics))
         want = jax.device_get(state)
     two = fixtures.parts(folder, rl__epochs=2)
     with jax.set_mesh(two.mesh):
         stage, state = start(two, weights)
-        state, metrics = stage.update(state, rl.put_batch(two.mesh, batch))
+        state, metrics = stage.update(state, rl.put_batch(two.mesh, stage.packed(batch)))
         got = jax.device_get(state)
     assert int(got.step) == 1 and int(want.step) == 2  # of the loop: batches of rollouts
     assert distance(got.params, want.params) < 2e-3
@@ -338,7 +336,7 @@ def test_the_reference_follows_slowly(folder, weights, batch):
     moving = fixtures.parts(folder, rl__reference_decay=0.75)
     with jax.set_mesh(moving.mesh):
         stage, state = start(moving, weights)
-        state, _ = stage.update(state, rl.put_batch(moving.mesh, batch))
+        state, _ = stage.update(state, rl.put_batch(moving.mesh, stage.packed(batch)))
         state = jax.device_get(state)
     want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, weights, state.params)
     assert distance(state.reference, want) < 1e-6 < 1e-4 < distance(state.reference, weights)
@@ -458,7 +456,7 @@ def test_a_reward_that_is_not_finite_stops_by_name_or_drops_its_group(folder, we
 def test_a_mesh_gives_the_rewards_and_losses_of_one_device(folder, weights, plain):
     (batch, stats, metrics), _ = plain[0]
     [(split, split_stats, split_metrics)], _ = play(fixtures.parts(folder, (1, 4, 2)), weights, 1)
-    for name in batch:
+    for name in batch.keys() - {"packs", "begins", "doc_packs", "doc_begins"}:  # where rows lie is each device's affair
         if batch[name].dtype.kind == "f":
             np.testing.assert_allclose(split[name], batch[name], atol=1e-4, err_msg=name)
         else:
@@ -492,13 +490,13 @@ def test_no_step_moves_data_unasked_nor_compiles_after_warm_up(folder, weights, 
                 with jax.transfer_guard("disallow"):
                     batch, _ = stage.next_batch(state, step)
                     state, metrics = stage.update(state, batch)
-                shape = tuple(sorted((k, v.shape) for k, v in batch.items()))
+                shape = tuple(x.shape for x in jax.tree.leaves(batch))
                 if step > 6 and shape in shapes:
                     assert len(compiled) == heard, f"step {step} compiled anew"
                     warm += 1
                 shapes.add(shape)
             assert np.isfinite(float(metrics["loss"]))
-            assert compiled and warm >= 4 and len(shapes) <= 4
+            assert compiled and warm >= 3 and len(shapes) <= 6
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 

@@ -8,7 +8,7 @@ Axes: B rows of each kind, N groups, M = B / N rows of a group, P packs of a gro
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ from r3jax.model.sharding import BATCH, out
 class Packs(NamedTuple):
     """Rows laid out in packs, each leaf [N, P, L]."""
 
-    tokens: Int[Array, "N P L"]
-    positions: Int[Array, "N P L"]  # within the token's own row, from 0
-    segments: Int[Array, "N P L"]  # which row of its pack, from 1; 0 is padding
+    tokens: Any
+    positions: Any  # within the token's own row, from 0
+    segments: Any  # which row of its pack, from 1; 0 is padding
 
 
 def pack(
@@ -35,7 +35,7 @@ def pack(
     length: int,
     shards: int,
     chunks: int = 1,
-    agree: Callable[[int], int] = lambda most: most,
+    agree: Callable[[int], int] | None = None,
 ) -> tuple[Packs, list[np.ndarray]]:
     """Packs right-padded rows (numpy); best fit, the longest first.
 
@@ -44,7 +44,7 @@ def pack(
       length: of a pack; no row may be longer. Twice the longest row wastes little.
       shards: into how many parts this process's rows are split over devices.
       chunks: into how many parts each of those is split by gradient caching, which takes every `chunks`-th row.
-      agree: from this process's number of packs to the largest over all processes.
+      agree: from this process's number of packs to the largest over all processes; by default it asks them.
 
     Returns:
       Packs of shards * chunks groups (few different P, so that jit sees few shapes), and for each kind where its rows
@@ -58,8 +58,8 @@ def pack(
         raise ValueError(f"a row of {longest} tokens does not fit into packs of {length}.")
     groups = np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
     placed = [_best_fit(np.concatenate([lengths[rows] for _, lengths in kinds]), length) for rows in groups]
-    most = agree(max(used for _, _, used in placed))
-    step = max(1, (1 << most.bit_length()) // 32)  # at most a sixteenth more
+    most = (agree or _largest)(max(used for _, _, used in placed))
+    step = max(1, (1 << most.bit_length()) // 16)  # at most an eighth more
     most = -(-most // step) * step
 
     shape = (len(groups), most * length)
@@ -76,8 +76,7 @@ def pack(
             tokens[n, target] = ids[rows[owner], offset]
             positions[n, target] = offset
             segments[n, target] = numbers[part][owner]
-    leaves = (x.reshape(len(groups), most, length) for x in (tokens, positions, segments))
-    return Packs(*leaves), begins
+    return Packs(*(x.reshape(len(groups), most, length) for x in (tokens, positions, segments))), begins
 
 
 def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -97,6 +96,15 @@ def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, i
         numbers[row] = rows + 1
         free[room - need].append((chosen, rows + 1))
     return starts, numbers, used
+
+
+def _largest(most: int) -> int:
+    """The largest over all processes."""
+    if jax.process_count() == 1:
+        return most
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(most)).max())
 
 
 def packed_states(params, config: ModelConfig, packs: Packs, dropout: jax.Array | None = None) -> Float[Array, "N T D"]:

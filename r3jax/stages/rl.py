@@ -26,7 +26,7 @@ from r3jax.data.stream import stream
 from r3jax.losses import in_chunks, info_nce
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.lora import join
-from r3jax.model.packing import Packs, last_vectors, pack, packed_states, pick
+from r3jax.model.packing import last_vectors, pack, packed_states, pick
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import BATCH, batch_parts, out, place, put_batch
 from r3jax.rl import algorithms
@@ -151,9 +151,6 @@ class RL:
         docs = np.concatenate([groups.known[:, :1], groups.negatives], axis=1).astype(np.int32)
         width = bucket_of(self.chat.direct_extra + self.lengths.document)
         doc_tokens, doc_lengths = pad([self.documents[row] for row in docs.ravel()], width)
-        doc_tokens, doc_lengths = doc_tokens.reshape(*docs.shape, -1), doc_lengths.reshape(docs.shape)
-        packs, begins = self._packed(tokens, lengths)
-        doc_packs, doc_begins = self._packed(doc_tokens, doc_lengths)
         mask = done.mask & ~cut(done)[..., None] if self.mask_overlong else done.mask
         arrays = {
             "tokens": tokens,
@@ -163,16 +160,26 @@ class RL:
             "mask": mask.astype(np.float32),
             "rewards": grouped,
             "emitted": done.emitted,
-            "begins": begins,
-            "packs": packs,
-            "doc_lengths": doc_lengths,
-            "doc_begins": doc_begins,
-            "doc_packs": doc_packs,
+            "docs": doc_tokens.reshape(*docs.shape, -1),
+            "doc_lengths": doc_lengths.reshape(docs.shape),
             "doc_rows": docs,
             "known": groups.known,
         }
         stats["tokens"] = int(lengths.sum())
-        return put_batch(self.mesh, arrays), stats
+        return put_batch(self.mesh, self.packed(arrays)), stats
+
+    def packed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A host batch, with its rollouts and documents in packs too."""
+        shards = batch_parts(self.mesh) // jax.process_count()
+        for rows, ends, packs, begins in (
+            ("tokens", "lengths", "packs", "begins"),
+            ("docs", "doc_lengths", "doc_packs", "doc_begins"),
+        ):
+            tokens, lengths = batch[rows], batch[ends]
+            kinds = [(tokens[:, i], lengths[:, i]) for i in range(lengths.shape[1])]
+            made, starts = pack(kinds, length=2 * tokens.shape[2], shards=shards, chunks=self._chunks)
+            batch = batch | {packs: made, begins: np.stack(starts, 1)}
+        return batch
 
     def samples(self) -> list[dict]:
         return self._samples
@@ -186,12 +193,6 @@ class RL:
     def resume(self, host_state: dict, stream_state) -> None:
         self.environment.restore(host_state)
         self._stream.set_state(stream_state)
-
-    def _packed(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Packs, np.ndarray]:
-        """Rows [B, n, L] in packs of two of the longest, and where each begins [B, n]."""
-        kinds = [(tokens[:, i], lengths[:, i]) for i in range(lengths.shape[1])]
-        packs, begins = pack(kinds, length=2 * tokens.shape[2], shards=batch_parts(self.mesh), chunks=self._chunks)
-        return packs, np.stack(begins, 1)
 
     def _encode(self, params, rows: np.ndarray) -> np.ndarray:
         documents = [self.documents[row] for row in rows]

@@ -189,7 +189,7 @@ class SFT:
     def packed(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """A host batch, with its rows in packs too."""
         shards = batch_parts(self.mesh) // jax.process_count()
-        to_packs = partial(pack, shards=shards, chunks=self._chunks, agree=_agree)
+        to_packs = partial(pack, shards=shards, chunks=self._chunks)
         names = ("direct", "reasoned")
         kinds = [(batch[name], batch[f"{name}_length"]) for name in names]
         queries, begins = to_packs(kinds, length=self._query_pack)
@@ -209,15 +209,6 @@ class SFT:
 
     def resume(self, host_state: dict, stream_state) -> None:
         self._stream.set_state(stream_state)
-
-
-def _agree(most: int) -> int:
-    """The largest over all processes."""
-    if jax.process_count() == 1:
-        return most
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.process_allgather(np.int32(most)).max())
 
 
 def encode(
