@@ -309,13 +309,15 @@ def _rl(p: Parts, start) -> Stage:
         max_age=c.index.max_age or None,
         share=c.index.round_robin_share,
         rebuild_below=c.index.rebuild_below,
+        fresh_negatives=c.index.fresh_negatives,
     )
     if start is not None:
         vectors = p.encode_corpus(start)
     else:  # a stand-in: the checkpoint brings the index
         vectors = np.zeros((size, p.model.width), np.float32)
         vectors[:, 0] = 1
-    index = VersionedIndex.build(vectors, 0, c.index.kind if start is not None else "exact")
+    kind = c.index.kind if start is not None else "exact"
+    index = VersionedIndex.build(vectors, 0, kind, tree_above=c.index.tree_above)
     return rl.RL(
         source=p.source,
         queries=p.dataset.query_texts,

@@ -50,6 +50,11 @@ def unit_rows(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
+def holds_document(vectors: np.ndarray) -> np.ndarray:
+    """Which rows [...] of `vectors` [..., D] hold a document; a row of zeros is a deleted one."""
+    return np.asarray(vectors.any(axis=-1))
+
+
 def row_ids(name: str, value, size: int) -> np.ndarray:
     """`value` as int64 [rows]: unique row numbers in [0, size)."""
     array = _array(name, value)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from r3jax.search import checks
+
 CHUNK = 8192  # documents scored at once: bounds the scores held by a device to QUERIES * CHUNK floats
 QUERIES = 128  # queries per call of the compiled function, so that any number of them shares one compilation
 AXIS = "search"
@@ -95,7 +97,7 @@ class ExactBackend:
         padded = np.zeros((count * chunk, width), np.float32)
         padded[:size] = self._vectors  # a copy: device arrays on CPU may alias the host's memory
         chunks = padded.reshape(count, chunk, width)
-        return self._put(chunks, P(AXIS)), self._put(chunks.any(axis=2), P(AXIS))
+        return self._put(chunks, P(AXIS)), self._put(checks.holds_document(chunks), P(AXIS))
 
     def _put(self, array: np.ndarray, spec: P) -> jax.Array:
         return jax.device_put(array, jax.NamedSharding(self._mesh, spec))

@@ -37,7 +37,7 @@ class VersionedIndex:
         self._kind = kind
         self._tree_above = tree_above
         self._leaves = leaves
-        self._living = int(vectors.any(axis=1).sum())
+        self._living = _count(vectors)
         self._exact = ExactBackend(vectors)
         self._scann = ScannBackend(vectors, leaves, assets) if kind == "scann" else None
 
@@ -126,7 +126,7 @@ class VersionedIndex:
         All other rows keep their number, and deleted ones their version. ValueError for a row that is not there.
         """
         rows = checks.row_ids("rows", rows, len(self))
-        gone = ~self._vectors[rows].any(axis=1)
+        gone = ~checks.holds_document(self._vectors[rows])
         if gone.any():
             raise ValueError(f"rows names row {int(rows[np.argmax(gone)])}, which is deleted already")
         if len(rows) == self._living:
@@ -136,7 +136,7 @@ class VersionedIndex:
     def _write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         if len(rows) == 0:
             return
-        self._living += int(vectors.any(axis=1).sum()) - int(self._vectors[rows].any(axis=1).sum())
+        self._living += _count(vectors) - _count(self._vectors[rows])
         self._vectors[rows] = vectors
         self._exact.changed()
         if self._scann is not None:
@@ -190,7 +190,7 @@ class VersionedIndex:
         if missing:
             raise ValueError(f"state lacks {', '.join(sorted(missing))}")
         vectors = np.array(checks.matrix("state['vectors']", state["vectors"]))
-        living = vectors.any(axis=1)
+        living = checks.holds_document(vectors)
         if not living.any():
             raise ValueError("state['vectors'] must hold at least one document")
         checks.unit_rows("state['vectors']", np.where(living[:, None], vectors, vectors[np.argmax(living)]))
@@ -207,6 +207,10 @@ class VersionedIndex:
             except ValueError as e:
                 raise ValueError(f"state['tree'] cannot be restored: {e}") from None
         return cls(vectors, versions, KINDS[kind], tree_above, leaves, tree[1:])
+
+
+def _count(vectors: np.ndarray) -> int:
+    return int(checks.holds_document(vectors).sum())
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

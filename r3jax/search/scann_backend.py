@@ -23,6 +23,8 @@ import tempfile
 import numpy as np
 from scann.scann_ops.py import scann_ops_pybind
 
+from r3jax.search import checks
+
 DATASET = "dataset.npy"  # ScaNN's copy of the vectors: the index stores them already
 SHAPE = "r3jax_shape"  # of the vectors that the saved tree belongs to
 SLACK = 8  # candidates asked for beyond k, so that a last-bit difference near rank k cannot change the answer
@@ -53,7 +55,7 @@ class ScannBackend:
         """Trains a searcher on `vectors`, or loads the one that `assets()` saved with the same vectors."""
         self._vectors = vectors
         self._leaves = leaves
-        self._deleted = ~vectors.any(axis=1)
+        self._deleted = ~checks.holds_document(vectors)
         self._searcher = self._train() if assets is None else self._load(assets)
 
     def _train(self):
@@ -86,7 +88,7 @@ class ScannBackend:
 
     def upsert(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Replaces the vectors of `rows` [n] (n >= 1, unique, known) by `vectors` [n, D]; zeros delete."""
-        self._deleted[rows] = ~vectors.any(axis=1)
+        self._deleted[rows] = ~checks.holds_document(vectors)
         self._searcher.searcher.upsert(rows.tolist(), vectors, len(rows))
 
     def rebuild(self) -> None:

@@ -126,8 +126,7 @@ class RL:
         rewards, stats = self.environment.score(rollouts, encode, step)
         if self.probe_every and step % self.probe_every == 0:
             vectors = self._encode(weights, np.arange(len(self.documents)))
-            exact = self.environment.exact_rewards(rollouts, vectors)
-            stats["probe/reward_error"] = float(np.abs(exact - rewards).mean())
+            stats |= self.environment.probe(rollouts, rewards, vectors)
         grouped = rewards.reshape(-1, self.group).astype(np.float32)
         spread = grouped.max(1) - grouped.min(1)
         stats |= {
