@@ -158,11 +158,13 @@ class VersionedIndex:
         A returned document counts when it scores at least what the k-th exact one does, so that documents
         with equal vectors may stand for one another.
         """
+        if self._scann is None:
+            checks.whole("k", k, 1, self._living)
+            if len(checks.matrix("queries", queries, self._vectors.shape[1])):
+                return 1.0
         rows, scores = self.search(queries, k)
         if len(rows) == 0:
             raise ValueError("queries must hold at least one query")
-        if self._scann is None:
-            return 1.0
         _, truth = self._exact.search(checks.matrix("queries", queries), k)
         return float((scores >= truth[:, -1:] - 1e-6).mean())
 
