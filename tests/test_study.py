@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -130,13 +131,13 @@ def test_a_figure_is_one_well_formed_svg():
 
 
 def flags(folder, **changes):
-    small = {"rl__steps": 2, "evaluate__every": 0, "checkpoint__every": 1, "evaluate__thoughts": 0} | changes
-    return [*fixtures.flags(folder, **small), "--seeds=0,1", f"--workdir={folder / 'study'}"]
+    small = {"rl__steps": 2, "evaluate__every": 0, "evaluate__thoughts": 0, "data__eval_splits": "seen"} | changes
+    return [*fixtures.flags(folder, **small), "--seeds=3", f"--workdir={folder / 'study'}"]
 
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
-    """A refresh study from a trained run of both stages, of two seeds and two steps, in a folder of its own."""
+    """A refresh study from a trained run of both stages, of one seed and two steps, in a folder of its own."""
     folder = tmp_path_factory.mktemp("study")
     fixtures.write_dataset(folder / "data")
     start = fixtures.finished_run()[0] / "run"
@@ -149,17 +150,16 @@ def test_the_refresh_study_writes_its_page(studied):
     folder, argv = studied
     text = (folder / "refresh.md").read_text()
     rows = {line.split("|")[1].strip(" *"): line for line in text.splitlines() if line.startswith("| ")}
-    assert "python -m r3jax.study refresh --config=" in text and "seeds 0, 1; 2 steps of 8 queries" in text
+    assert "python -m r3jax.study refresh --config=" in text and "seeds 3; 2 steps of 8 queries" in text
     assert len([line for line in text.splitlines() if line.startswith("| boundary")]) == 5
     assert re.search(r"\| none \| 0 % \| 0\.\d{4} \(0\.\d{4}\) \| \S+ \(\S+\) \| 0 \| – \|", text)
     assert {"hybrid (the default)", "hybrid, 10 % (the default)", "round_robin, 10 %", "none"} <= set(rows)
     assert ElementTree.parse(folder / "refresh.svg").getroot().tag.endswith("svg")
-    for seed in (0, 1):
-        runs = {p.name for p in (folder / "study" / f"seed-{seed}").iterdir()}
-        assert runs == {"sft", "full", "default", "none", "round_robin"}
-        results = json.loads((folder / "study" / f"seed-{seed}" / "full" / "results.json").read_text())
-        # From the end of stage 1, not of stage 2, of the run it was given.
-        assert "sft_reasoning" in results["splits"]["seen"] and results["seed"] == seed
+    runs = folder / "study" / "seed-3"
+    assert {p.name for p in runs.iterdir()} == {"sft", "full", "default", "none", "round_robin"}
+    results = json.loads((runs / "full" / "results.json").read_text())
+    # From the end of stage 1, not of stage 2, of the run it was given.
+    assert "sft_reasoning" in results["splits"]["seen"] and results["seed"] == 3
 
 
 def test_finished_runs_are_not_repeated(studied, monkeypatch):
@@ -174,8 +174,17 @@ def test_finished_runs_are_not_repeated(studied, monkeypatch):
     assert (folder / "refresh.md").read_text() == page
 
 
-def test_a_choice_shares_the_default_run(studied):
+def test_a_choice_shares_the_default_run(studied, monkeypatch):
     folder, argv = studied
+    runs = folder / "study" / "seed-3"
+
+    def as_none(argv, make_stage=None):  # a run that is at hand stands for those of other values
+        to = next(flag for flag in argv if flag.startswith("--workdir="))
+        assert any(f"--config.rl.advantage={x}" in argv for x in ("dr_grpo", "rloo"))
+        assert f"--config.init_from={runs / 'sft'}" in argv
+        shutil.copytree(runs / "none", to.removeprefix("--workdir="))
+
+    monkeypatch.setattr(train, "main", as_none)
     out = folder / "choices.md"
     given = [*argv[:-1], f"--out={out}"]
     out.write_text("# Kept\n\n## advantage\n\nold\n\n## reward\n\nstays\n")
@@ -185,8 +194,8 @@ def test_a_choice_shares_the_default_run(studied):
     assert all(re.search(rf"^\| {x} \|( 0\.\d{{4}} \|)", text, re.M) for x in ("dr_grpo", "rloo"))
     assert "| **grpo (the default)** |" in text and "With reasoning, on the validation split `" in text
     assert (folder / "choices-advantage.svg").is_file()
-    runs = {p.name for p in (folder / "study" / "seed-0").iterdir()}
-    assert {"advantage-dr_grpo", "advantage-rloo"} <= runs and "advantage-grpo" not in runs
+    names = {p.name for p in runs.iterdir()}
+    assert {"advantage-dr_grpo", "advantage-rloo"} <= names and "advantage-grpo" not in names
 
 
 @pytest.mark.parametrize(
