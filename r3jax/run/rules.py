@@ -246,7 +246,7 @@ RULES: list[Rule] = [
     Rule(
         ("index.max_age", "index.budget", "index.policy"),
         lambda age, budget, policy: not age or policy == "full" or (policy != "none" and age * budget >= 1 - 1e-9),
-        "={0} asks for every document once in so many steps, which index.budget={1} with policy {2} cannot give; "
+        "({0}) asks for every document once in so many steps, which index.budget={1} with policy {2} cannot give; "
         "raise either, or set config.index.max_age=0 for no bound",
     ),
     *at_least(1, "index.over_retrieve"),
