@@ -13,6 +13,7 @@ process may use. Needs requirements-bench.txt; without faiss its row is left out
   are; above what an approximate index does not look at it has no meaning, so exact ones have it alone.
 """
 
+import ctypes
 import importlib.util
 import json
 import math
@@ -43,10 +44,10 @@ def data(documents: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(max(1, documents // 100), width)).astype(np.float32)
     vectors = centres[rng.integers(0, len(centres), documents)]
-    vectors = unit(vectors + 0.6 * rng.normal(size=vectors.shape).astype(np.float32))
+    vectors = unit(vectors + rng.normal(size=vectors.shape).astype(np.float32))
     noise = rng.normal(size=vectors.shape).astype(np.float32) / math.sqrt(width)
     queries = vectors[rng.integers(0, documents, QUERIES)]
-    queries = unit(queries + 0.5 * rng.normal(size=queries.shape).astype(np.float32) / math.sqrt(width))
+    queries = unit(queries + rng.normal(size=queries.shape).astype(np.float32) / math.sqrt(width))
     return vectors, unit(vectors + 0.25 * noise), queries
 
 
@@ -113,6 +114,7 @@ class Numpy:
 def measure(kind: str, documents: int, width: int) -> dict:
     """One index's figures; run in a process of its own."""
     vectors, drifted, queries = data(documents, width)
+    ctypes.CDLL(None).malloc_trim(0)  # else the index is put where the data's temporaries were
     before = memory("VmRSS")
     index, seconds = timed(lambda: {"tree": Ours, "exact": Ours, "ivf": IVF, "numpy": Numpy}[kind](vectors, kind))
     found = {"build": seconds}
@@ -192,7 +194,7 @@ def main(documents: int, width: int) -> None:
     peak, cores = in_a_process("peaks"), len(os.sched_getaffinity(0))
     print(
         f"{documents:,} vectors of width {width}, {documents * width * 4 / GIB:.2f} GiB; {cores} cores, of which "
-        f" numpy has {peak['product'] / 1e9:,.0f} GFLOP/s in a matrix product and "
+        f"numpy has {peak['product'] / 1e9:,.0f} GFLOP/s in a matrix product and "
         f"{peak['copy'] / 1e9:.1f} GB/s, read and written, in a copy.\n"
     )
     head = ["build, s", "search, ms a query", "recall@10", "share of the peak", "upsert 1 %, s", "refresh step, s"]

@@ -12,6 +12,7 @@ from r3jax import study, train
 from r3jax.errors import UserError
 from r3jax.rl.algorithms import advantages
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
+from r3jax.run.checkpoint import Checkpointer
 from r3jax.search.index import VersionedIndex
 from r3jax.studies import choices, refresh, shadows
 from r3jax.studies.plot import Panel, figure
@@ -69,14 +70,16 @@ def test_the_run_is_not_disturbed_by_its_shadows(tmp_path):
 def test_a_stopped_study_goes_on_with_its_shadows(tmp_path):
     watched, world = shadowed(tmp_path)
     list(play(watched, world, range(1, 4)))
-    state = watched.state()
+    checkpointer = Checkpointer(tmp_path / "checkpoints", 1)
+    checkpointer.save(3, {"host": watched.state()}, meta={})
     (tmp_path / "again").mkdir()
     twin, _ = shadowed(tmp_path / "again")
     other = World(drift=0.2)
     for _ in range(3):  # brings the world where it was
         other.move()
         other.rollouts()
-    twin.restore(state)
+    twin.restore(checkpointer.restore(None, {"host": twin.state()})[0]["host"])
+    checkpointer.close()
     list(play(watched, world, range(4, 7)))
     list(play(twin, other, range(4, 7)))
     with np.load(tmp_path / "s.npz") as a, np.load(tmp_path / "again" / "s.npz") as b:

@@ -28,10 +28,6 @@ class Cell:
     policy: str
     budget: float
 
-    @property
-    def name(self) -> str:
-        return f"{self.policy}-{self.budget:g}"
-
 
 def grid(policy: str, budget: float) -> list[Cell]:
     """All cells of the study, the config's own among them. A budget of 0 is `none`, whatever the policy."""
@@ -52,7 +48,7 @@ class Shadowed:
         if real.refresh.policy != "full":
             raise ValueError(f"real must have the policy full, not {real.refresh.policy!r}: its vectors are the truth")
         self._real, self._file, self._steps = real, file, steps
-        self._shadows = {cell.name: self._shadow(cell) for cell in cells}
+        self._shadows = [self._shadow(cell) for cell in cells]
         # As long as the run from the start: a checkpoint cannot hold an empty array.
         self._rewards = np.full((steps, 1 + len(cells), rollouts), np.nan, np.float32)
         self._reencoded = np.zeros((steps, len(cells)), np.int64)
@@ -70,7 +66,7 @@ class Shadowed:
         start = time.perf_counter()
         fresh = self._real.index.vectors
         self._rewards[step - 1, 0] = rewards
-        for i, shadow in enumerate(self._shadows.values()):
+        for i, shadow in enumerate(self._shadows):
             self._rewards[step - 1, 1 + i], own = shadow.score(rollouts, fresh.__getitem__, step)
             self._reencoded[step - 1, i] = own["index/reencoded"]
         if step == self._steps:
@@ -87,7 +83,7 @@ class Shadowed:
         """The run's state, every shadow's and what was seen so far: a run that is stopped goes on with all of it."""
         return {
             "real": self._real.state(),
-            "shadows": {name: shadow.state() for name, shadow in self._shadows.items()},
+            "shadows": {f"{i:03}": shadow.state() for i, shadow in enumerate(self._shadows)},
             "rewards": self._rewards.copy(),
             "reencoded": self._reencoded.copy(),
         }
@@ -95,6 +91,6 @@ class Shadowed:
     def restore(self, state: dict[str, Any]) -> None:
         """Takes back what `state` returned."""
         self._real.restore(state["real"])
-        for name, shadow in self._shadows.items():
-            shadow.restore(state["shadows"][name])
+        for i, shadow in enumerate(self._shadows):
+            shadow.restore(state["shadows"][f"{i:03}"])
         self._rewards, self._reencoded = np.array(state["rewards"]), np.array(state["reencoded"])
