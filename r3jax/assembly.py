@@ -41,15 +41,6 @@ FREE = (
     "evaluate.collapse.",
     "model.max_positions",
 )
-# Fields that came later, and what runs without them do.
-ADDED = {
-    "rl.dynamic_sampling": 0,
-    "rl.epochs": 1,
-    "rl.importance_cap": 2.0,
-    "rl.reference_decay": 0.0,
-    "rl.overlong": "keep",
-    "rl.reward.on_nan": "stop",
-}
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
@@ -63,9 +54,6 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
     if begun:
         old = dict(run_config.leaves(run_config.load_saved(path)))
         new = dict(run_config.leaves(config))
-        old = {key: value for key, value in ADDED.items() if key in new} | old
-        if "rl.overlong_window" not in old and "rl.overlong_window" in new:
-            old["rl.overlong_window"] = new["rl.overlong_window"]  # nothing looked at it
         for key in sorted(old.keys() | new.keys()):
             if not key.startswith(FREE) and old.get(key) != new.get(key):
                 raise UserError(
@@ -334,13 +322,15 @@ def _rl(p: Parts, start) -> Stage:
         max_age=c.index.max_age or None,
         share=c.index.round_robin_share,
         rebuild_below=c.index.rebuild_below,
+        fresh_negatives=c.index.fresh_negatives,
     )
     if start is not None:
         vectors = p.encode_corpus(start)
     else:  # a stand-in: the checkpoint brings the index
         vectors = np.zeros((size, p.model.width), np.float32)
         vectors[:, 0] = 1
-    index = VersionedIndex.build(vectors, 0, c.index.kind if start is not None else "exact")
+    kind = c.index.kind if start is not None else "exact"
+    index = VersionedIndex.build(vectors, 0, kind, tree_above=c.index.tree_above)
     return rl.RL(
         source=p.source,
         queries=p.dataset.query_texts,

@@ -30,7 +30,8 @@ from r3jax.search.index import VersionedIndex
 from r3jax.stages.state import Stage, TrainState
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], make_stage=assembly.make_stage) -> None:
+    """Trains by a command line. make_stage: who makes the stages, for a study that watches one."""
     # Config
     parsed = run_config.parse(argv, "r3jax.train")
     config, workdir = parsed.config, parsed.workdir
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
             if name in begun[:-1]:
                 continue
             if name in begun:
-                stage = assembly.make_stage(name, parts, None)
+                stage = make_stage(name, parts, None)
                 target = {"train": assembly.abstract_stage_state(name, parts), "host": stage.host_state()}
                 restored, meta = checkpointers[name].restore(None, target)
                 state = assembly.restored(restored["train"], parts)
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
                 if not i:
                     assembly.keep_start(parts, start)
                 stage, state = (
-                    assembly.make_stage(name, parts, start),
+                    make_stage(name, parts, start),
                     assembly.first_state(name, parts, start),
                 )
                 log = log or RunLog(workdir)

@@ -235,6 +235,9 @@ IMPOSSIBLE = [
     ("data.validation_split", "seen", "must be a split of its own"),
     ("data.validation_split", "train", "must be a split of its own"),
     ("index.budget", 1.5, "config.index.budget must be between 0 and 1, not 1.5"),
+    ("index.tree_above", 100, "config.index.tree_above must be at least 256, for a tree has to be trained"),
+    ("index.max_age", 19, "config.index.max_age (19) asks for every document once in so many steps, which"),
+    ("index.fresh_negatives", -1, "config.index.fresh_negatives must be at least 0"),
     ("index.over_retrieve", 5, "(5 candidates) must be at least rl.reward.k (10)"),
     ("checkpoint.keep", 0, "config.checkpoint.keep must be at least 1"),
 ]

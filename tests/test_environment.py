@@ -5,6 +5,7 @@ import pytest
 
 from r3jax.errors import UserError
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig, Rollouts
+from r3jax.rl.rewards import REWARDS as rewards_of
 from r3jax.search.index import VersionedIndex
 
 DOCUMENTS, QUERIES, GROUP, WIDTH = 400, 6, 4, 16
@@ -209,6 +210,99 @@ def test_documents_older_than_max_age_are_refreshed(policy):
     assert max(ages[-8:]) <= 12 + DOCUMENTS / REFRESH["budget"]
     world, env = World(), environment(World(), policy="boundary")
     assert max(stats["index/age_max"] for _, _, stats in play(env, world, 30)) == 30
+
+
+def reward_without(overdue, rollouts: Rollouts, vectors: np.ndarray, name: str) -> np.ndarray:
+    """Rewards of a corpus in which the overdue documents are not, ranked whole by numpy."""
+    kept = np.flatnonzero(~overdue)
+    place = np.append(np.where(overdue, -1, np.cumsum(~overdue) - 1), -1)
+    relevant = place[rollouts.relevant]
+    scores = rollouts.vectors @ vectors[kept].T
+    rows = np.argsort(-scores, axis=1, kind="stable")
+    ranked, own = np.take_along_axis(scores, rows, 1), np.take_along_axis(scores, np.maximum(relevant, 0), 1)
+    k, size = min(REWARD["k"], len(kept)), len(kept)
+    reward = rewards_of[name](rows, ranked, relevant, own, k=k, size=size, emitted=rollouts.emitted)
+    return reward + reward_terms(rollouts)
+
+
+@pytest.mark.parametrize("name", ["dcg_scaled", "ndcg", "mrr"])
+@pytest.mark.parametrize("policy", ["round_robin", "neighbourhood", "boundary", "hybrid"])
+def test_what_is_beyond_max_age_never_ranks(policy, name):
+    """Rewards are those of a corpus without it, and so are hard negatives, whatever the budget."""
+    world, seen = World(seed=3), 0
+    budget = {"dcg_scaled": 4, "ndcg": 25, "mrr": 90}[name]
+    env = environment(world, policy=policy, max_age=3, budget=budget, over_retrieve=DOCUMENTS, name=name)
+    for step in range(1, 14):
+        world.move()
+        rollouts = world.rollouts(noise=0.5)
+        rewards, stats = env.score(rollouts, world.encode, step)
+        overdue = step - env.index.versions > 3
+        want = reward_without(overdue, rollouts, env.index.vectors, name)
+        np.testing.assert_allclose(rewards, want, atol=1e-6)
+        assert stats["index/overdue"] == pytest.approx(overdue.mean())  # all documents are candidates here
+        wrong = env.hard_negatives(rollouts.relevant[::GROUP], GROUP, 3)
+        stand_in = rollouts.relevant[::GROUP][:, :1]
+        assert (~overdue[wrong] | (wrong == stand_in)).all()
+        seen += overdue.any()
+    assert seen > 3
+
+
+def test_log_rank_beyond_max_age_counts_what_is_left():
+    world = World()
+    env = environment(world, policy="round_robin", max_age=2, budget=30, over_retrieve=20, name="log_rank")
+    for step in range(1, 8):
+        world.move()
+        rollouts = world.rollouts(noise=1.0)
+        rewards, _ = env.score(rollouts, world.encode, step)
+        overdue = step - env.index.versions > 2
+        scores = np.where(overdue, -np.inf, rollouts.vectors @ env.index.vectors.T)
+        for i, known in enumerate(rollouts.relevant):
+            left = [d for d in known if d >= 0 and not overdue[d]]
+            rank = 1 + (scores[i] > max(scores[i, left])).sum() if left else DOCUMENTS
+            want = rollouts.emitted[i] * (1 - np.log(rank) / np.log(DOCUMENTS))
+            assert rewards[i] - reward_terms(rollouts)[i] == pytest.approx(want, abs=1e-6)
+    assert overdue.any()
+
+
+def test_a_bound_that_nothing_reaches_changes_nothing():
+    played = []
+    for max_age in (None, 100):
+        world = World()
+        env = environment(world, max_age=max_age, probes=4)
+        played.append([rewards for rewards, _, _ in play(env, world, 5)])
+    np.testing.assert_array_equal(*played)
+
+
+@pytest.mark.parametrize("policy", ["neighbourhood", "boundary", "hybrid"])
+def test_each_rollouts_best_mistakes_are_fresh_where_that_is_wanted(policy):
+    world = World()
+    env = environment(world, policy=policy, fresh_negatives=2, budget=80)
+    for step in (1, 2, 3):
+        world.move()
+        rollouts = world.rollouts()
+        positives = np.unique(rollouts.relevant[rollouts.relevant >= 0])
+        stored = env.index.vectors.copy()
+        stored[positives] = world.vectors[positives]  # they are re-encoded first
+        _, stats = env.score(rollouts, world.encode, step)
+        for scores, relevant in zip(rollouts.vectors @ stored.T, rollouts.relevant, strict=True):
+            wrong = [d for d in np.argsort(-scores, kind="stable") if d not in relevant][:2]
+            assert (env.index.versions[wrong] == step).all()
+        assert stats["index/reencoded"] <= 80
+
+
+def test_a_probe_tells_the_reward_error_and_the_stale_recall():
+    world = World(drift=0.4)
+    env = environment(world, budget=30)
+    for step in (1, 2, 3):
+        world.move()
+        rollouts = world.rollouts()
+        stale = np.argsort(-(rollouts.vectors @ env.index.vectors.T), axis=1, kind="stable")[:, : REWARD["k"]]
+        truth = np.argsort(-(rollouts.vectors @ world.vectors.T), axis=1, kind="stable")[:, : REWARD["k"]]
+        rewards, _ = env.score(rollouts, world.encode, step)
+        found = env.probe(rollouts, rewards, world.vectors)
+        assert found["probe/reward_error"] == np.abs(env.exact_rewards(rollouts, world.vectors) - rewards).mean()
+        recall = np.mean([len(set(a) & set(b)) / REWARD["k"] for a, b in zip(stale, truth, strict=True)])
+        assert found["probe/stale_recall"] == pytest.approx(recall) and recall < 1
 
 
 def test_the_drift_estimate_learns_how_far_scores_move():

@@ -38,10 +38,11 @@ def test_none_round_robin_and_full_by_hand():
 
 
 def test_neighbourhood_by_hand():
-    # The positive, then each rollout's best, then their second: 0 is fresh, -1 is no document.
-    assert choose("neighbourhood", **small()).tolist() == [2, 4, 1, 3]
+    # The positive, then by age times discounted hits: 4 * 1 of row 4, .5 + .63 of row 3, .63 of row 1; 0 is fresh.
+    assert choose("neighbourhood", **small()).tolist() == [2, 4, 3, 1]
     assert choose("neighbourhood", **small(budget=2)).tolist() == [2, 4]
     assert choose("neighbourhood", **small(positives=[3, 3, 0])).tolist() == [3, 4, 1]
+    assert choose("neighbourhood", **small(negatives=[-1, 1, 2, 5])).tolist() == [2, 1, 5, 4, 3]
 
 
 def test_boundary_by_hand():
@@ -67,8 +68,10 @@ def test_hybrid_by_hand():
 
 
 def test_the_overdue_come_first():
-    for policy in ("round_robin", *ROLLOUT_POLICIES):
-        assert choose(policy, **small(max_age=3, budget=3)).tolist()[:2] == [5, 4]
+    assert choose("round_robin", **small(max_age=3, budget=3)).tolist()[:2] == [5, 4]
+    for policy in ROLLOUT_POLICIES:
+        assert choose(policy, **small(max_age=3, budget=3)).tolist()[:2] == [4, 5]  # 4 is a candidate
+        assert choose(policy, **small(max_age=3, budget=3, negatives=[1], positives=[3])).tolist() == [4, 5, 3]
     assert choose("boundary", **small(max_age=8, budget=3)).tolist() == [5, 2, 1]
     assert 5 not in choose("boundary", **small(max_age=9))
 
@@ -103,6 +106,57 @@ def random_case(seed, documents=300, rollouts=20, found=15):
         "sigma": 0.02,
         "max_age": int(rng.integers(20, 40)),
     }
+
+
+def slow_choose(policy, *, versions, step, budget, positives, candidates, scores, theta, ranks, sigma, **rest):
+    """The same rules as sets and loops, one document at a time."""
+    k, share, max_age, negatives = rest.get("k", 10), rest.get("share", 0.25), rest["max_age"], rest["negatives"]
+    age = {row: step - int(version) for row, version in enumerate(versions)}
+    stale = sorted((row for row in age if age[row] > 0), key=lambda row: (-age[row], row))
+    if policy == "none":
+        return []
+    if policy == "full":
+        return stale
+    if policy == "round_robin":
+        return stale[:budget]
+    value: dict[int, float] = {}
+    for i, rows in enumerate(candidates.tolist()):
+        for place, row in enumerate(rows):
+            if row < 0:
+                continue
+            if policy == "neighbourhood":
+                gain = 1 / np.log2(place + 2)
+            else:
+                sigmas = abs(scores[i, place] - theta[i]) / max(sigma * np.sqrt(age[row]), 1e-12)
+                gain = reward_steps(ranks[i], k) * norm.sf(sigmas)
+            value[row] = value.get(row, 0.0) + gain
+    if policy == "neighbourhood":
+        value = {row: age[row] * hits for row, hits in value.items()}
+    order = []
+
+    def take(rows, most):
+        for row in rows:
+            if len(order) < most and row >= 0 and age[row] > 0 and row not in order:
+                order.append(row)
+
+    overdue = [row for row in stale if max_age is not None and age[row] > max_age]
+    for rows in ([row for row in overdue if row in value], overdue, positives.tolist(), negatives.tolist()):
+        take(rows, budget)
+    most = budget - round(share * (budget - len(order))) if policy == "hybrid" else budget
+    take(sorted(value, key=lambda row: (-value[row], row)), most)
+    if policy == "hybrid":
+        take(stale, budget)
+    return order
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equals_a_slow_and_obvious_choice(policy):
+    for seed in range(60):
+        case = random_case(seed, documents=120, rollouts=8)
+        rng = np.random.default_rng(1000 + seed)
+        case |= {"negatives": rng.integers(-1, 120, 10), "k": int(rng.integers(1, 12)), "share": float(rng.random())}
+        case["max_age"] = None if seed % 3 == 0 else case["max_age"]
+        assert choose(policy, **case).tolist() == slow_choose(policy, **case)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -145,6 +199,7 @@ def test_mistakes_name_the_argument():
         ({"share": 1.5}, "share"),
         ({"positives": [6]}, "positives"),
         ({"positives": [0.5]}, "positives"),
+        ({"negatives": [7]}, "negatives"),
         ({"candidates": np.array([[6, 1, 3], [1, 2, 3]])}, "candidates"),
         ({"candidates": None}, "candidates"),
         ({"scores": np.full((2, 3), np.nan)}, "scores"),

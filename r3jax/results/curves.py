@@ -132,6 +132,12 @@ _INDEX = [
         top=1.0,
     ),
     _Plot(
+        "Stale recall on probe steps",
+        {"probe/stale_recall": "recall"},
+        note="Of the index before the step's refresh against exact search in a fully re-encoded corpus.",
+        top=1.0,
+    ),
+    _Plot(
         "Probe drift",
         {"index/probe_drift": "cosine"},
         note="Stored vectors of the probe set against fresh ones, which are not written back.",

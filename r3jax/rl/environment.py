@@ -4,6 +4,9 @@ Each step: search the stale index for more than needed, re-encode the positives 
 re-encoding could change a reward, write them back, rank the candidates by what is now known of them. The rule
 is ours (the paper names selective refresh and does not publish it); see `r3jax.search.refresh`.
 
+With a maximum age, the batch's positives and then the candidates beyond it are re-encoded before all others, and what
+the budget leaves beyond it is treated as though it were not in the corpus: it neither ranks nor counts as relevant.
+
 The environment knows neither the model nor the text: `encode` turns document rows into unit vectors.
 Axes: R rollouts, C candidates per rollout, P relevant documents, D width, N documents.
 """
@@ -56,6 +59,7 @@ class RefreshConfig:
     max_age: int | None
     share: float
     rebuild_below: float
+    fresh_negatives: int = 0  # of each rollout's best irrelevant candidates, re-encoded before the policy's own
 
 
 class Environment:
@@ -69,7 +73,9 @@ class Environment:
         rng = np.random.default_rng(seed)
         self.probes = np.sort(rng.choice(len(index), min(probes, len(index)), replace=False))
         self.rebuilds = 0
-        self._ranked: tuple[np.ndarray, np.ndarray] | None = None  # candidates and fresh scores of the last step
+        # Of the last `score`: candidates (-1: beyond the maximum age) and fresh scores; queries and their stale top k.
+        self._ranked: tuple[np.ndarray, np.ndarray] | None = None
+        self._stale_top: tuple[np.ndarray, np.ndarray] | None = None
 
     def score(
         self, rollouts: Rollouts, encode: Encode, step: int, rounds: int = 1
@@ -86,6 +92,7 @@ class Environment:
         before = self.index.versions.copy()
         depth = min(refresh.over_retrieve, len(self.index))
         candidates, stale = self.index.search(rollouts.vectors, depth)
+        self._stale_top = rollouts.vectors, candidates[:, :k]
         clock.lap("search")
         if refresh.policy != "none":
             # Positives first: their fresh scores then set the threshold that the others are held against.
@@ -111,6 +118,7 @@ class Environment:
             versions=self.index.versions,
             step=step,
             budget=max(0, budget - spent),
+            negatives=self._mistakes(rollouts, candidates, scores),
             candidates=candidates,
             scores=scores,
             theta=theta,
@@ -127,8 +135,15 @@ class Environment:
         self._learn_drift(candidates, stale, fresh, before, step)
         if refresh.policy == "full":  # the reference, whatever the stale search did not return
             candidates, fresh = self.index.search(rollouts.vectors, depth)
+        ages = step - self.index.versions
+        overdue = None if refresh.max_age is None else ages > refresh.max_age
+        if overdue is not None:
+            out = overdue[candidates]
+            candidates, fresh = np.where(out, -1, candidates), np.where(out, -1.0, fresh)  # the least cosine
+            relevant = np.where((rollouts.relevant >= 0) & ~overdue[rollouts.relevant], rollouts.relevant, -1)
+            rollouts = dataclasses.replace(rollouts, relevant=relevant)
         self._ranked = candidates, fresh
-        total, self.terms = self._reward(rollouts, candidates, fresh)
+        total, self.terms = self._reward(rollouts, candidates, fresh, overdue=overdue)
         clock.lap("reward")
         probe_drift = self._probe_drift(encode)
         recall = self.index.recall_probe(rollouts.vectors[:64], k)
@@ -136,7 +151,6 @@ class Environment:
             self.index.rebuild()
             self.rebuilds += 1
         clock.lap("encode")
-        ages = step - self.index.versions
         reencoded = int((self.index.versions == step).sum())
         stats = {f"reward/{name}": float(term.mean()) for name, term in self.terms.items()}
         stats |= {
@@ -149,6 +163,8 @@ class Environment:
             "index/sigma": self.drift.sigma,
             "index/rebuilds": self.rebuilds,
         }
+        if overdue is not None:
+            stats["index/overdue"] = float(out.mean())  # of the candidates: left out of the ranking
         return total, stats | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
 
     def hard_negatives(self, known: np.ndarray, group: int, count: int) -> np.ndarray:
@@ -164,15 +180,31 @@ class Environment:
         result = np.repeat(known[:, :1], count, axis=1)
         for i, (rows, values) in enumerate(zip(candidates, scores, strict=True)):
             order = np.lexsort((rows, -values))
-            best = [row for row in dict.fromkeys(rows[order].tolist()) if row not in set(known[i].tolist())]
+            best = [row for row in dict.fromkeys(rows[order].tolist()) if row not in {-1, *known[i].tolist()}]
             result[i, : len(best[:count])] = best[:count]
         return result
 
     def exact_rewards(self, rollouts: Rollouts, vectors: np.ndarray) -> np.ndarray:
         """Rewards [R] against a corpus [N, D] re-encoded in full: what refresh is measured against."""
         fresh = VersionedIndex.build(vectors, 0, "exact")
-        candidates, scores = fresh.search(rollouts.vectors, min(self.refresh.over_retrieve, len(fresh)))
-        return self._reward(rollouts, candidates, scores, vectors)[0]
+        found = fresh.search(rollouts.vectors, min(self.refresh.over_retrieve, len(fresh)))
+        return self._reward(rollouts, *found, vectors)[0]
+
+    def probe(self, rollouts: Rollouts, rewards: np.ndarray, vectors: np.ndarray) -> dict[str, float]:
+        """How far this step's `rewards` [R] (NaN: left out) are from a corpus [N, D] re-encoded in full.
+
+        `stale_recall` is that of the index before the last refresh: of its top k, the share whose fresh score reaches
+        the fresh k-th.
+        """
+        assert self._stale_top is not None
+        error = np.abs(self.exact_rewards(rollouts, vectors) - rewards)[np.isfinite(rewards)]
+        queries, rows = self._stale_top
+        top = self._scores(queries, rows, vectors)
+        _, best = VersionedIndex.build(vectors, 0, "exact").search(queries, rows.shape[1])
+        return {
+            "probe/reward_error": float(error.mean()) if error.size else float("nan"),
+            "probe/stale_recall": float((top >= best[:, -1:] - 1e-6).mean()),
+        }
 
     def state(self) -> dict[str, Any]:
         """All of it as numpy arrays, for a checkpoint."""
@@ -190,6 +222,13 @@ class Environment:
         self.drift = DriftEstimate(mean_square, int(updates), decay)
         self.rebuilds = int(state["rebuilds"])
 
+    def _mistakes(self, rollouts: Rollouts, candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Rows [n] of each rollout's best `fresh_negatives` irrelevant candidates, every rollout's best first."""
+        wrong = ~(candidates[:, :, None] == rollouts.relevant[:, None]).any(2)
+        order = np.lexsort((candidates, -np.where(wrong, scores, -np.inf)), axis=1)[:, : self.refresh.fresh_negatives]
+        rows = np.where(np.take_along_axis(wrong, order, 1), np.take_along_axis(candidates, order, 1), -1)
+        return rows.T.ravel()
+
     def _write_back(self, rows: np.ndarray, encode: Encode, step: int) -> None:
         if len(rows):
             self.index.upsert(rows, encode(rows), step)
@@ -199,8 +238,10 @@ class Environment:
         stored = self.index.vectors if stored is None else stored
         return np.einsum("rd,rcd->rc", vectors, stored[rows])
 
-    def _reward(self, rollouts: Rollouts, candidates, scores, stored=None):
+    def _reward(self, rollouts: Rollouts, candidates, scores, stored=None, overdue=None):
         """Total reward and its terms, from candidates and what is known of their scores.
+
+        Neither candidates nor relevant documents hold one of the `overdue` [N].
 
         Relevant documents that the search did not return join the ranking: their vectors are at hand.
         """
@@ -219,7 +260,7 @@ class Environment:
             own,
             k=c.k,
             size=len(self.index),
-            ranks=self._ranks(rollouts, own, rows, ranked, stored) if self._retrieval.needs_ranks else None,
+            ranks=self._ranks(rollouts, own, rows, ranked, stored, overdue) if self._retrieval.needs_ranks else None,
             emitted=rollouts.emitted,
         )
         known = np.isfinite(found["retrieval"])
@@ -232,18 +273,24 @@ class Environment:
             terms["overlong"] = rewards.overlong_term(rollouts.lengths, c.limit, c.overlong_window)
         return np.where(known, rewards.combine(terms, c.weights), np.nan), terms | found
 
-    def _ranks(self, rollouts: Rollouts, own, rows, ranked, stored) -> np.ndarray:
-        """Rank [R] of each rollout's best relevant document: among the candidates, or, if below them, among all."""
+    def _ranks(self, rollouts: Rollouts, own, rows, ranked, stored, overdue) -> np.ndarray:
+        """Rank [R] of each rollout's best relevant document: among the candidates, or, if below them, among all.
+
+        The last, N, where there is no relevant document.
+        """
         best = np.where(rollouts.relevant >= 0, own, -np.inf).max(1)
         wrong = ~(rows[:, :, None] == rollouts.relevant[:, None]).any(2)
         ranks = 1 + (wrong & (ranked > best[:, None])).sum(1)
-        below = ranks > ranked.shape[1]
+        # Where every candidate that counts is above it, others may be too.
+        below = ranks > (ranked.shape[1] if overdue is None else (wrong & (rows >= 0)).sum(1))
         stored = self.index.vectors if stored is None else stored
         for row in np.flatnonzero(below):
             scores = stored @ rollouts.vectors[row]
             scores[rollouts.relevant[row][rollouts.relevant[row] >= 0]] = -np.inf
+            if overdue is not None:
+                scores[overdue] = -np.inf
             ranks[row] = 1 + (scores > best[row]).sum()
-        return ranks
+        return np.where(np.isfinite(best), ranks, len(self.index))
 
     def _learn_drift(self, candidates, stale, fresh, before, step: int) -> None:
         """Score changes of the candidates that were re-encoded now."""

@@ -35,13 +35,15 @@ class Parsed:
     """What a command line says: the locked config, the folder of the run, and the entry point's own flags.
 
     `flags` has every name that the entry point declared; None for those not given. `given` are the config's keys
-    that the command line sets.
+    that the command line sets, "workdir" among them where it does. `words` are --config and its overrides again, to be
+    handed on to another entry point.
     """
 
     config: ConfigDict
     workdir: pathlib.Path
     flags: dict[str, str | None]
     given: frozenset[str] = frozenset()
+    words: tuple[str, ...] = ()
 
 
 def parse(
@@ -84,8 +86,10 @@ def parse(
         raise UserError(f"--workdir is missing; name the folder of a run: python -m {entry} --workdir=runs/NAME")
     for key, text in overrides:
         override(config, key, text)
-    given = frozenset(key for key, _ in overrides)
-    return Parsed(config, pathlib.Path(workdir or DEFAULT_RUNS / config.get("name", "run")), plain, given)
+    given = frozenset([key for key, _ in overrides] + ["workdir"] * bool(workdir))
+    words = ([f"--config={path}"] if path else []) + [f"--config.{key}={text}" for key, text in overrides]
+    folder = pathlib.Path(workdir or DEFAULT_RUNS / config.get("name", "run"))
+    return Parsed(config, folder, plain, given, tuple(words))
 
 
 def load(path: str) -> ConfigDict:

@@ -17,7 +17,7 @@ from r3jax.model.lora import TARGETS
 from r3jax.model.qwen2 import REMAT
 from r3jax.rl.algorithms import ADVANTAGES, KLS, NORMALISERS, OVERLONG, RATIOS
 from r3jax.rl.mix import ON_NAN, Retrieval
-from r3jax.search.index import KINDS
+from r3jax.search.index import KINDS, LEAST_TREE
 from r3jax.search.refresh import POLICIES
 
 
@@ -266,7 +266,14 @@ RULES: list[Rule] = [
     *one_of("index.kind", *KINDS),
     *one_of("index.policy", *POLICIES),
     *between(0, 1, "index.budget", "index.rebuild_below", "index.round_robin_share"),
-    *at_least(0, "index.max_age", "index.probes"),
+    *at_least(LEAST_TREE, "index.tree_above", why=", for a tree has to be trained on something"),
+    *at_least(0, "index.max_age", "index.probes", "index.fresh_negatives"),
+    Rule(
+        ("index.max_age", "index.budget", "index.policy"),
+        lambda age, budget, policy: not age or policy == "full" or (policy != "none" and age * budget >= 1 - 1e-9),
+        "({0}) asks for every document once in so many steps, which index.budget={1} with policy {2} cannot give; "
+        "raise either, or set config.index.max_age=0 for no bound",
+    ),
     *at_least(1, "index.over_retrieve"),
     Rule(
         ("index.over_retrieve", "rl.reward.k"),

@@ -1,7 +1,8 @@
 """The refreshable index: one vector per document, and the training step at which it was encoded.
 
-Documents are rows 0..N-1. The index knows neither the model nor the text: whoever re-encodes a document
-hands its new vector to `upsert`. Axis legend: N documents, Q queries, D width, k results.
+Documents are rows 0..N-1 and keep their row: a deleted one leaves a row of zeros, which no search returns. The
+index knows neither the model nor the text: whoever re-encodes a document hands its new vector to `upsert`. Axis
+legend: N documents, Q queries, D width, k results.
 """
 
 import math
@@ -19,6 +20,7 @@ KINDS = ("exact", "scann")
 # is cheap: brute force over 40,000 documents of width 384 answers 400 queries in 0.4 s of one CPU core,
 # little beside an RL step.
 TREE_ABOVE = 40_000
+LEAST_TREE = 256  # sixteen centres per code and a few documents per partition have to be trained on something
 MAX_STEP = np.iinfo(np.int32).max
 
 
@@ -26,7 +28,7 @@ class VersionedIndex:
     """Vectors float32 [N, D] of length 1, their versions int32 [N], and a search backend over them.
 
     Use `build` or `from_state`. Every argument is checked before the backend sees it: ValueError names the
-    argument.
+    argument, and the index is then as it was.
     """
 
     def __init__(self, vectors, versions, kind: str, tree_above: int, leaves: int, assets=None):
@@ -35,6 +37,7 @@ class VersionedIndex:
         self._kind = kind
         self._tree_above = tree_above
         self._leaves = leaves
+        self._living = _count(vectors)
         self._exact = ExactBackend(vectors)
         self._scann = ScannBackend(vectors, leaves, assets) if kind == "scann" else None
 
@@ -62,8 +65,7 @@ class VersionedIndex:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         step = checks.whole("step", step, 0, MAX_STEP)
-        # Sixteen centres per code and a few documents per partition have to be trained on something.
-        tree_above = checks.whole("tree_above", tree_above, 256, 2**31)
+        tree_above = checks.whole("tree_above", tree_above, LEAST_TREE, MAX_STEP)
         tree = kind == "scann" and size > tree_above
         leaves = checks.whole("leaves", math.isqrt(size) if leaves is None else leaves, 1, size)
         versions = np.full(size, step, np.int32)
@@ -71,7 +73,7 @@ class VersionedIndex:
 
     @property
     def vectors(self) -> np.ndarray:
-        """The stored vectors float32 [N, D]; a read-only view."""
+        """The stored vectors float32 [N, D], zeros where deleted; a read-only view."""
         return _read_only(self._vectors)
 
     @property
@@ -80,16 +82,22 @@ class VersionedIndex:
         return _read_only(self._versions)
 
     def __len__(self) -> int:
+        """N: rows, those of deleted documents included."""
         return len(self._vectors)
+
+    @property
+    def living(self) -> int:
+        """How many documents are not deleted."""
+        return self._living
 
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents of each query [Q, D]: rows int32 [Q, k] and scores float32 [Q, k], descending.
 
-        Scores are dot products with the stored vectors; ties go to the lower row. Deterministic, and
-        independent of how queries are batched.
+        k is at most `living`. Scores are dot products with the stored vectors; ties go to the lower row.
+        Deterministic, and independent of how queries are batched.
         """
-        queries = checks.matrix("queries", queries, self._vectors.shape[1])
-        k = checks.whole("k", k, 1, len(self))
+        queries = checks.bounded_rows("queries", checks.matrix("queries", queries, self._vectors.shape[1]))
+        k = checks.whole("k", k, 1, self._living)
         if len(queries) == 0:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
         if self._scann is None:
@@ -100,17 +108,37 @@ class VersionedIndex:
         return rows, scores
 
     def upsert(self, rows, vectors, step: int) -> None:
-        """Replaces the vectors of known, unique `rows` [n] by `vectors` [n, D], encoded at `step`."""
+        """Replaces the vectors of known, unique `rows` [n] by `vectors` [n, D], encoded at `step`.
+
+        A deleted document is back with its new vector.
+        """
         rows = checks.row_ids("rows", rows, len(self))
         vectors = checks.unit_rows("vectors", checks.matrix("vectors", vectors, self._vectors.shape[1]))
         step = checks.whole("step", step, 0, MAX_STEP)
         if len(rows) != len(vectors):
             raise ValueError(f"vectors has {len(vectors)} rows for {len(rows)} rows to replace")
+        self._write(rows, vectors)
+        self._versions[rows] = step
+
+    def delete(self, rows) -> None:
+        """Takes the documents in unique `rows` [n] out of every later search; at least one must stay.
+
+        All other rows keep their number, and deleted ones their version. ValueError for a row that is not there.
+        """
+        rows = checks.row_ids("rows", rows, len(self))
+        gone = ~checks.holds_document(self._vectors[rows])
+        if gone.any():
+            raise ValueError(f"rows names row {int(rows[np.argmax(gone)])}, which is deleted already")
+        if len(rows) == self._living:
+            raise ValueError("rows must leave at least one document")
+        self._write(rows, np.zeros((len(rows), self._vectors.shape[1]), np.float32))
+
+    def _write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         if len(rows) == 0:
             return
+        self._living += _count(vectors) - _count(self._vectors[rows])
         self._vectors[rows] = vectors
-        self._versions[rows] = step
-        self._exact.upsert(rows, vectors)
+        self._exact.changed()
         if self._scann is not None:
             self._scann.upsert(rows, vectors)
 
@@ -130,11 +158,13 @@ class VersionedIndex:
         A returned document counts when it scores at least what the k-th exact one does, so that documents
         with equal vectors may stand for one another.
         """
+        if self._scann is None:
+            checks.whole("k", k, 1, self._living)
+            if len(checks.matrix("queries", queries, self._vectors.shape[1])):
+                return 1.0
         rows, scores = self.search(queries, k)
         if len(rows) == 0:
             raise ValueError("queries must hold at least one query")
-        if self._scann is None:
-            return 1.0
         _, truth = self._exact.search(checks.matrix("queries", queries), k)
         return float((scores >= truth[:, -1:] - 1e-6).mean())
 
@@ -158,16 +188,31 @@ class VersionedIndex:
     @classmethod
     def from_state(cls, state: dict[str, np.ndarray]) -> "VersionedIndex":
         """The index that `state` was taken from. ValueError where a part is missing or malformed."""
-        missing = {"vectors", "versions", "settings", "tree"} - set(state)
+        missing = {"vectors", "versions", "settings", "tree"} - set(state if isinstance(state, dict) else ())
         if missing:
             raise ValueError(f"state lacks {', '.join(sorted(missing))}")
-        vectors = np.array(checks.unit_rows("state['vectors']", checks.matrix("state['vectors']", state["vectors"])))
-        versions = np.array(state["versions"], dtype=np.int32)
-        if versions.shape != (len(vectors),):
-            raise ValueError(f"state['versions'] has shape {versions.shape} for {len(vectors)} vectors")
-        kind, tree_above, leaves = (int(x) for x in state["settings"])
-        assets = np.asarray(state["tree"], np.uint8)[1:]
-        return cls(vectors, versions, KINDS[kind], tree_above, leaves, assets)
+        vectors = np.array(checks.matrix("state['vectors']", state["vectors"]))
+        living = checks.holds_document(vectors)
+        if not living.any():
+            raise ValueError("state['vectors'] must hold at least one document")
+        checks.unit_rows("state['vectors']", np.where(living[:, None], vectors, vectors[np.argmax(living)]))
+        versions = checks.integers("state['versions']", state["versions"], len(vectors)).astype(np.int32)
+        kind, tree_above, leaves = (int(x) for x in checks.integers("state['settings']", state["settings"], 3))
+        tree = np.asarray(state["tree"])
+        if tree.dtype != np.uint8 or tree.ndim != 1 or not len(tree):
+            raise ValueError(f"state['tree'] must hold bytes, not {tree.dtype} of shape {tree.shape}")
+        if kind >= len(KINDS) or tree_above < LEAST_TREE or leaves > (len(vectors) if KINDS[kind] == "scann" else 0):
+            raise ValueError(f"state['settings'] are not an index's: {kind}, {tree_above}, {leaves}")
+        if leaves:
+            try:
+                ScannBackend.check(tree[1:], vectors.shape)
+            except ValueError as e:
+                raise ValueError(f"state['tree'] cannot be restored: {e}") from None
+        return cls(vectors, versions, KINDS[kind], tree_above, leaves, tree[1:])
+
+
+def _count(vectors: np.ndarray) -> int:
+    return int(checks.holds_document(vectors).sum())
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

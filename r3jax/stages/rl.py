@@ -111,7 +111,7 @@ class RL:
     ):
         self.steps, self.mesh, self.model = steps, mesh, model
         self.queries, self.documents, self.chat, self.lengths = queries, documents, chat, lengths
-        self.environment, self.mask_overlong = environment, mask_overlong
+        self.mask_overlong = mask_overlong
         self.encode_batch, self.probe_every = encode_batch, probe_every
         self._stream = stream(source, transform=PromptTransform(most_positives), batch_size=prompts, seed=seed)
         self._collector = Collector(
@@ -134,6 +134,15 @@ class RL:
         self._chunks = chunks
         self.update = jax.jit(partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0)
 
+    @property
+    def environment(self) -> Environment:
+        """What rewards the rollouts; a study puts one in its place that watches too."""
+        return self._collector.environment
+
+    @environment.setter
+    def environment(self, environment: Environment) -> None:
+        self._collector.environment = environment
+
     def next_batch(self, state: TrainState, step: int):
         weights = state.weights
 
@@ -144,8 +153,8 @@ class RL:
         done, grouped = groups.done, groups.rewards.astype(np.float32)
         if self.probe_every and step % self.probe_every == 0:
             vectors = self._encode(weights, np.arange(len(self.documents)))
-            exact = self.environment.exact_rewards(groups.rollouts, vectors).reshape(grouped.shape)
-            stats["probe/reward_error"] = float(np.abs(exact - groups.rewards)[~groups.dropped].mean())
+            rewards = np.where(groups.dropped[:, None], np.nan, groups.rewards).ravel()
+            stats |= self.environment.probe(groups.rollouts, rewards, vectors)
         self._keep_samples(groups, grouped)
         tokens, starts, lengths = _sequences(groups)
         docs = np.concatenate([groups.known[:, :1], groups.negatives], axis=1).astype(np.int32)

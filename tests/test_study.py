@@ -1,0 +1,229 @@
+"""Studies on the tests' data set: what the shadows see, what the pages say, and that no run is made twice."""
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from r3jax import study, train
+from r3jax.errors import UserError
+from r3jax.rl.algorithms import advantages
+from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
+from r3jax.run.checkpoint import Checkpointer
+from r3jax.search.index import VersionedIndex
+from r3jax.studies import choices, refresh, shadows
+from r3jax.studies.plot import Panel, figure
+from r3jax.studies.shadows import Cell, Shadowed
+from tests import fixtures
+from tests.test_environment import DOCUMENTS, GROUP, QUERIES, REFRESH, REWARD, World, environment
+
+CELLS = [Cell("none", 0.0), Cell("round_robin", 0.1), Cell("hybrid", 0.1), Cell("hybrid", 1.0)]
+
+
+# Shadows
+
+
+def shadowed(tmp_path, steps: int = 6) -> tuple[Shadowed, World]:
+    world = World(drift=0.2)
+    env = environment(world, policy="full")
+    return Shadowed(env, CELLS, steps=steps, rollouts=QUERIES * GROUP, file=tmp_path / "s.npz"), world
+
+
+def play(watched, world, steps):
+    for step in steps:
+        world.move()
+        rollouts = world.rollouts()
+        yield rollouts, world.vectors.copy(), watched.score(rollouts, world.encode, step)
+
+
+def test_a_shadow_scores_as_an_environment_of_its_own_would(tmp_path):
+    watched, world = shadowed(tmp_path)
+    alone = {}
+    for cell in CELLS:
+        config = RefreshConfig(**REFRESH | {"policy": cell.policy, "budget": int(cell.budget * DOCUMENTS)})
+        index = VersionedIndex.build(world.vectors, 0, "exact")
+        alone[cell] = Environment(index, RewardConfig(**REWARD), config, probes=0, seed=0)
+    want = []
+    for step, (rollouts, vectors, (rewards, stats)) in enumerate(play(watched, world, range(1, 7)), 1):
+        scores = [env.score(rollouts, vectors.__getitem__, step) for env in alone.values()]
+        want.append([rewards, *(score for score, _ in scores)])
+        assert stats["index/share"] == 1.0 and stats["time/shadows"] > 0
+    with np.load(tmp_path / "s.npz") as saved:
+        np.testing.assert_array_equal(saved["rewards"], np.array(want, np.float32))
+        assert saved["reencoded"].shape == (6, 4)
+        assert (saved["reencoded"] <= [0, 40, 40, 400]).all() and (saved["reencoded"][:, 1] == 40).all()
+
+
+def test_the_run_is_not_disturbed_by_its_shadows(tmp_path):
+    watched, world = shadowed(tmp_path)
+    other = World(drift=0.2)
+    plain = environment(other, policy="full")
+    for (*_, (rewards, _)), (*_, (same, _)) in zip(
+        play(watched, world, range(1, 4)), play(plain, other, range(1, 4)), strict=True
+    ):
+        np.testing.assert_array_equal(rewards, same)
+
+
+def test_a_stopped_study_goes_on_with_its_shadows(tmp_path):
+    watched, world = shadowed(tmp_path)
+    list(play(watched, world, range(1, 4)))
+    checkpointer = Checkpointer(tmp_path / "checkpoints", 1)
+    checkpointer.save(3, {"host": watched.state()}, meta={})
+    (tmp_path / "again").mkdir()
+    twin, _ = shadowed(tmp_path / "again")
+    other = World(drift=0.2)
+    for _ in range(3):  # brings the world where it was
+        other.move()
+        other.rollouts()
+    twin.restore(checkpointer.restore(None, {"host": twin.state()})[0]["host"])
+    checkpointer.close()
+    list(play(watched, world, range(4, 7)))
+    list(play(twin, other, range(4, 7)))
+    with np.load(tmp_path / "s.npz") as a, np.load(tmp_path / "again" / "s.npz") as b:
+        np.testing.assert_array_equal(a["rewards"], b["rewards"])
+        np.testing.assert_array_equal(a["reencoded"], b["reencoded"])
+
+
+def test_only_a_run_that_encodes_everything_can_have_shadows(tmp_path):
+    with pytest.raises(ValueError, match="real must have the policy full"):
+        Shadowed(environment(World()), CELLS, steps=2, rollouts=4, file=tmp_path / "s.npz")
+
+
+def test_the_grid_holds_the_configs_own_cell():
+    assert Cell("hybrid", 0.05) in shadows.grid("hybrid", 0.05)
+    cells = shadows.grid("hybrid", 0.03)
+    assert len(cells) == len(set(cells)) == 1 + 4 * 5 and Cell("none", 0.0) in cells
+
+
+def test_error_correlation_and_cost_by_hand(tmp_path):
+    rng = np.random.default_rng(0)
+    true = rng.random((3, 1, 8)).astype(np.float32)
+    off = true + 0.1 * rng.choice([-1, 1], true.shape).astype(np.float32)
+    flat = np.zeros_like(true)
+    saved = {"rewards": np.concatenate([true, true, off, flat], 1), "reencoded": np.array([[9, 3, 0]] * 3)}
+    np.savez(tmp_path / "x.npz", **saved)
+    found = refresh.read(tmp_path / "x.npz", 4, "grpo")
+    gains = [np.asarray(advantages(x.reshape(-1, 4), "grpo")).ravel() for x in (true, off)]
+    want = [[0, 1, 9], [0.1, np.corrcoef(*gains)[0, 1], 3], [true.mean(), 0, 0]]
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+# The pages
+
+
+def test_a_section_is_replaced_where_it_stands():
+    page = choices.put_section("# Title\n", "a", "one\n")
+    page = choices.put_section(page, "b", "two")
+    page = choices.put_section(page, "a", "three\n\n| x |")
+    assert page == "# Title\n\n## a\n\nthree\n\n| x |\n\n## b\n\ntwo\n\n"
+
+
+def test_a_figure_is_one_well_formed_svg():
+    series = {"a": [0.1, 0.01, None], "b <": [None, 0.0, 0.5]}
+    text = figure([Panel("T & t", ["0", "1", "10"], series, "x", log=True), Panel("u", ["z"], {"a": [1.0]})])
+    root = ElementTree.fromstring(text)
+    marks = [x for x in root.iter() if x.tag.endswith("circle")]
+    assert len(marks) == 4  # a 0 has no place on a logarithmic axis
+    width, height = float(root.get("width")), float(root.get("height"))
+    assert all(0 < float(m.get("cx")) < width and 0 < float(m.get("cy")) < height for m in marks)
+    words = [x.text for x in root.iter() if x.tag.endswith("text")]
+    assert {"T & t", "b <", "0.1", "0.01"} <= set(words)
+
+
+def flags(folder, **changes):
+    small = {"rl__steps": 2, "evaluate__every": 0, "evaluate__thoughts": 0, "data__eval_splits": "seen"} | changes
+    return [*fixtures.flags(folder, **small), "--seeds=3", f"--workdir={folder / 'study'}"]
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """A refresh study from a trained run of both stages, of one seed and two steps, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("study")
+    fixtures.write_dataset(folder / "data")
+    start = fixtures.finished_run()[0] / "run"
+    argv = [*flags(folder, init_from=start), f"--out={folder / 'refresh.md'}"]
+    study.main(["refresh", *argv])
+    return folder, argv
+
+
+def test_the_refresh_study_writes_its_page(studied):
+    folder, argv = studied
+    text = (folder / "refresh.md").read_text()
+    rows = {line.split("|")[1].strip(" *"): line for line in text.splitlines() if line.startswith("| ")}
+    assert "python -m r3jax.study refresh --config=" in text and "seeds 3; 2 steps of 8 queries" in text
+    assert len([line for line in text.splitlines() if line.startswith("| boundary")]) == 5
+    assert re.search(r"\| none \| 0 % \| 0\.\d{4} \(0\.\d{4}\) \| \S+ \(\S+\) \| 0 \| – \|", text)
+    assert {"hybrid (the default)", "hybrid, 10 % (the default)", "round_robin, 10 %", "none"} <= set(rows)
+    assert ElementTree.parse(folder / "refresh.svg").getroot().tag.endswith("svg")
+    runs = folder / "study" / "seed-3"
+    assert {p.name for p in runs.iterdir()} == {"sft", "full", "default", "none", "round_robin"}
+    results = json.loads((runs / "full" / "results.json").read_text())
+    # From the end of stage 1, not of stage 2, of the run it was given.
+    assert "sft_reasoning" in results["splits"]["seen"] and results["seed"] == 3
+
+
+def test_finished_runs_are_not_repeated(studied, monkeypatch):
+    folder, argv = studied
+    page = (folder / "refresh.md").read_text()
+
+    def never(*_):
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(train, "main", never)
+    study.main(["refresh", *argv])
+    assert (folder / "refresh.md").read_text() == page
+
+
+def test_a_choice_shares_the_default_run(studied, monkeypatch):
+    folder, argv = studied
+    runs = folder / "study" / "seed-3"
+
+    def as_none(argv, make_stage=None):  # a run that is at hand stands for those of other values
+        to = next(flag for flag in argv if flag.startswith("--workdir="))
+        assert any(f"--config.rl.advantage={x}" in argv for x in ("dr_grpo", "rloo"))
+        assert f"--config.init_from={runs / 'sft'}" in argv
+        shutil.copytree(runs / "none", to.removeprefix("--workdir="))
+
+    monkeypatch.setattr(train, "main", as_none)
+    out = folder / "choices.md"
+    given = [*argv[:-1], f"--out={out}"]
+    out.write_text("# Kept\n\n## advantage\n\nold\n\n## reward\n\nstays\n")
+    study.main(["advantage", *given])
+    text = out.read_text()
+    assert text.startswith("# Kept\n\n## advantage\n\n    python -m") and "old" not in text and "stays" in text
+    assert all(re.search(rf"^\| {x} \|( 0\.\d{{4}} \|)", text, re.M) for x in ("dr_grpo", "rloo"))
+    assert "| **grpo (the default)** |" in text and "With reasoning, on the validation split `" in text
+    assert (folder / "choices-advantage.svg").is_file()
+    names = {p.name for p in runs.iterdir()}
+    assert {"advantage-dr_grpo", "advantage-rloo"} <= names and "advantage-grpo" not in names
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["colour"], "there is no study 'colour'; name one"),
+        ([], "there is no study ''"),
+        (["refresh", "--seeds=0,x"], "--seeds must be different whole numbers"),
+        (["refresh", "--seeds=1,1"], "--seeds must be different"),
+        (["refresh", "--out=page.txt"], "must end in .md"),
+        (["refresh", "--config.rl.steps=0"], "config.rl.steps leaves nothing to study"),
+        (["refresh", "--config.init_from=nowhere"], "nowhere holds no checkpoint"),
+        (["refresh", "--config.init_from=a,b"], "names 2 runs for 3 seeds"),
+        (["reward", "--config.rl.reward.k=0"], "config.rl.reward.k must be at least 1"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(tmp_path, argv, message):
+    fixtures.write_dataset(tmp_path / "data")
+    given = [*argv[:1], *fixtures.flags(tmp_path), *argv[1:], f"--workdir={tmp_path / 'study'}"] if argv else []
+    with pytest.raises(UserError, match=re.escape(message)):
+        study.main(given)
+    assert not (tmp_path / "study").exists()
+
+
+def test_runs_of_another_config_are_not_taken(studied):
+    folder, argv = studied
+    with pytest.raises(UserError, match=r"the runs in .*study have config.index.budget=0.1, not 0.2; name another"):
+        study.main(["refresh", *argv, "--config.index.budget=0.2"])
