@@ -31,6 +31,7 @@ from r3jax.errors import UserError
 
 MANIFEST, VECTORS, PROGRESS, BEGUN = "manifest.json", "vectors.npy", "progress", "begun.json"
 SHARD = 4096
+BLOCK = 1 << 16  # documents scored at a time
 FORMAT = 1
 
 # Texts to their vectors [n, D], and how many of the texts were cut.
@@ -54,6 +55,24 @@ class Encoding:
     vectors: np.ndarray  # [N, D], mapped
     documents: StoredDocuments
     manifest: dict[str, Any]
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best rows [Q, k] of each query [Q, D] and their scores, descending, ties to the lower row.
+
+        Exact, a block of the mapped vectors at a time: nothing is loaded before, and little held.
+        """
+        best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in queries]
+        for first in range(0, len(self.vectors), BLOCK):
+            scores = queries @ np.asarray(self.vectors[first : first + BLOCK], np.float32).T
+            for i, (rows, known) in enumerate(best):
+                rows = np.concatenate([rows, np.arange(first, first + scores.shape[1])])
+                known = np.concatenate([known, scores[i]])
+                if len(known) > k:
+                    kept = known >= np.partition(known, -k)[-k]  # and all that tie with the last
+                    rows, known = rows[kept], known[kept]
+                order = np.lexsort((rows, -known))[:k]
+                best[i] = rows[order], known[order]
+        return np.stack([rows for rows, _ in best]).astype(np.int32), np.stack([known for _, known in best])
 
 
 def encode_corpus(

@@ -10,12 +10,9 @@ import numpy as np
 from r3jax.model.params import flatten
 from r3jax.reader import Reader
 
-# What two encodings must share to be searched together; the rest of an identity concerns their files.
-VECTORS = ("model", "system", "answer", "max_length", "compute_dtype")
-
 
 def identity(params, reader: Reader, max_length: int) -> dict[str, Any]:
-    """The fields VECTORS, of documents of at most `max_length` tokens."""
+    """What the vectors of documents depend on, of at most `max_length` tokens."""
     prompts = reader.chat.prompts
     return {
         "model": fingerprint(params, reader),

@@ -68,7 +68,8 @@ def read(
     Args:
       entry: the module's name, for messages: "r3jax.encode".
       about: what --help prints first: the module's docstring, with an example in it.
-      words: names of the arguments without dashes, in order; the last `optional` of them may be left out.
+      words: names of the arguments without dashes, in order; the last `optional` of them may be left out, and a
+        last one that ends with "..." may be several.
       flags: {name: one line of help}; `--name=value` and `--name value` are understood.
       switches: {name: one line of help}; `--name` and `--no-name`.
 
@@ -108,9 +109,10 @@ def read(
             near = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean --{near[0]}?)" if near else ""
             raise UserError(f"unknown flag --{name}{hint}; see python -m {entry} --help.")
-    if not len(words) - optional <= len(given) <= len(words):
+    most = sys.maxsize if words and words[-1].endswith("...") else len(words)
+    if not len(words) - optional <= len(given) <= most:
         usage = " ".join([*words[: len(words) - optional], *(f"[{word}]" for word in words[len(words) - optional :])])
-        said = f"{given[len(words)]!r} is one word too many" if len(given) > len(words) else "words are missing"
+        said = f"{given[len(words)]!r} is one word too many" if len(given) > most else "words are missing"
         raise UserError(f"{said}; give {usage or 'flags only'}; see python -m {entry} --help.")
     return Given(given, found, turned)
 
@@ -118,7 +120,7 @@ def read(
 def prepare() -> None:
     """Before work starts: quiet libraries, and compiled programs kept where the runs' configs keep them."""
     quiet_libraries()
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", XLA_CACHE)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
