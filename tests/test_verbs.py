@@ -160,6 +160,29 @@ def test_search_for_people(index, folder, model, monkeypatch, capsys):
     assert "thought" not in asked([], [index, query, "--no-reasoning"], monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("flags", [[], ["--reasoning", "--sources=model", "--negatives=3"]])
+def test_mine(folder, model, tmp_path, capsys, flags):
+    data, out = beir.load(folder / "data"), tmp_path / "out.jsonl"
+    dispatcher.main(
+        ["mine", str(folder / "run"), str(folder / "data"), str(out), "--margin=0.99", "--depth=200", *flags]
+    )
+    assert f"{out}: 120 queries" in capsys.readouterr().out
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) > 60
+    documents = model.encode_document(data.doc_texts)
+    for line in lines[:10]:
+        score = dict(
+            zip(data.doc_ids, documents @ model.encode_query(line["query"], reasoning=bool(flags)), strict=True)
+        )
+        np.testing.assert_allclose([score[d] for d in line["neg_id"]], line["neg_scores"], atol=1e-5)
+        limit = 0.99 * max(score[d] for d in line["pos_id"]) + 1e-5
+        assert max(line["neg_scores"]) <= limit and not set(line["neg_id"]) & set(line["pos_id"])
+        hardest = max((s for d, s in score.items() if s <= limit - 2e-5 and d not in line["pos_id"]))
+        assert line["neg_scores"][0] >= hardest - 1e-4
+        assert len(line["neg"]) <= (3 if flags else 8)
+        assert set(line["neg_source"]) <= ({"model"} if flags else {"model", "bm25"})
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
@@ -180,6 +203,10 @@ def test_search_for_people(index, folder, model, monkeypatch, capsys):
         ("index add $VECTORS $VECTORS", "INDEX: $VECTORS holds no index"),
         ("search $DATA query", "INDEX: $DATA holds no encoded corpus"),
         ("search $INDEX query --k=0", "--k must be a whole number of at least 1"),
+        ("mine $RUN $DATA $OUT --margin=1.5", "--margin must be above 0 and at most 1, not 1.5"),
+        ("mine $RUN $DATA $OUT --sources=bm26", "--sources must name model, bm25 or both, not 'bm26'"),
+        ("mine $RUN $DATA $OUT --split=tests", "split 'tests' is not in data set"),
+        ("mine $RUN $DATA nowhere/out", "OUT: cannot write to nowhere/out"),
         ("search $INDEX query --model=$OTHER", "was encoded with another model; $OTHER has changed"),
     ],
 )
