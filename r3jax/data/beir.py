@@ -3,6 +3,7 @@
     corpus.jsonl      {"_id": str, "title": str (optional), "text": str}    one document per line
     queries.jsonl     {"_id": str, "text": str}                             one query per line
     qrels/SPLIT.tsv   query-id <tab> corpus-id <tab> grade                  header line optional
+       or .jsonl      {"query-id": str, "corpus-id": str, "score": int}
     thoughts.jsonl    {"query_id": str, "text": str}                        optional: supervised reasoning
 
 The form is that of BEIR (Thakur et al., 2021, arXiv 2104.08663). Other fields in a line are ignored.
@@ -81,9 +82,12 @@ def load(folder: str | pathlib.Path, *, on_error: str = "strict") -> Dataset:
         raise UserError(f'on_error must be "strict" or "skip", not {on_error!r}.')
     folder = pathlib.Path(folder)
     corpus, queries = _existing(folder, "corpus.jsonl"), _existing(folder, "queries.jsonl")
-    qrel_files = sorted((folder / "qrels").glob("*.tsv"))
+    qrel_files = sorted(path for kind in ("tsv", "jsonl") for path in (folder / "qrels").glob(f"*.{kind}"))
     if not qrel_files:
         raise UserError(f"{folder / 'qrels'} holds no .tsv file; add qrels/train.tsv (query-id, corpus-id, score).")
+    for path in qrel_files:
+        if path.suffix == ".jsonl" and path.with_suffix(".tsv") in qrel_files:
+            raise UserError(f"{path} and the .tsv beside it are one split; remove one of them.")
 
     reader = LineReader(strict=on_error == "strict")
     docs = _read_texts(reader, corpus, "document", titled=True)
@@ -152,15 +156,22 @@ def _read_qrels(
     qrels: dict[str, dict[str, int]] = {}
 
     def use(line: str, number: int) -> None:
-        cells = line.split("\t")
-        if len(cells) != 3:
-            raise BadLine(f"{len(cells)} tab-separated columns; write query-id, corpus-id, score")
-        query, doc, grade = (cell.strip() for cell in cells)
-        if number == 1 and query in ("query-id", "query_id"):
-            return
+        if path.suffix == ".jsonl":
+            row = parse(line)
+            query, doc = (identifier(row, field) for field in ("query-id", "corpus-id"))
+            grade = row.get("score", 1)
+        else:
+            cells = line.split("\t")
+            if len(cells) != 3:
+                raise BadLine(f"{len(cells)} tab-separated columns; write query-id, corpus-id, score")
+            query, doc, grade = (cell.strip() for cell in cells)
+            if number == 1 and query in ("query-id", "query_id"):
+                return
         try:
             value = int(grade)
-        except ValueError:
+            if isinstance(grade, float) and value != grade:
+                raise ValueError
+        except (ValueError, TypeError):
             raise BadLine(f"bad score {grade!r}; write a whole number such as 1") from None
         if query not in queries:
             raise BadLine(f"unknown query {query!r}; add it to queries.jsonl or delete the line")
