@@ -9,8 +9,8 @@ adapter of PEFT it is the base that adapter_config.json names, with the adapter 
 `export` makes a folder for transformers, sentence-transformers (direct mode) and r3jax from a run's best weights. Of a
 run with an adapter it is the adapter, for PEFT; --merge-lora makes ordinary weights of it and its base, in float32
 also where the base is stored in bfloat16, whose rounding would undo a part of what the adapter has learnt.
-`data` makes a data set's folder of training data in Tevatron's or FlagEmbedding's form (.jsonl); each file is a split of
-its name.
+`data` makes a data set's folder of training data in Tevatron's or FlagEmbedding's form (.jsonl); each file is a split
+of its name.
 DST must not exist, or be empty; it appears whole or not at all. For example:
 
     python -m r3jax.convert import Qwen/Qwen2.5-0.5B-Instruct runs/qwen-0.5b

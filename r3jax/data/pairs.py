@@ -1,11 +1,12 @@
 """Training data of other tools as a folder in BEIR form: Tevatron's and FlagEmbedding's .jsonl.
 
-    Tevatron        {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": […]}
-    FlagEmbedding   {"query", "pos": [str], "neg": [str]}; where there are, "query_id", "pos_id", "neg_id" (`r3jax mine`)
+    Tevatron        {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages"}
+    FlagEmbedding   {"query", "pos": [str], "neg": [str]}; if there are, "query_id", "pos_id", "neg_id" (`r3jax mine`)
 
 Documents with the same title and text are one document, under the first id it had. A query's negatives are judged 0.
 """
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ def write_beir(sources: Sequence[pathlib.Path], folder: pathlib.Path) -> dict[st
                 for (own, title, body), grade in passages:
                     known = ids.get((title, body))
                     if known is None:
-                        known = own or f"p{len(ids)}"
+                        known = own or next(f"p{i}" for i in itertools.count(len(ids)) if f"p{i}" not in texts)
                         if known in texts:
                             raise UserError(f"{path}:{number}: passage {known!r} has two texts; give each its own id.")
                         ids[title, body] = known

@@ -18,7 +18,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
@@ -45,7 +45,11 @@ class Parsed:
 
 
 def parse(
-    argv: Sequence[str], entry: str, flags: Mapping[str, str] | None = None, config_required: bool = True
+    argv: Sequence[str],
+    entry: str,
+    flags: Mapping[str, str] | None = None,
+    config_required: bool = True,
+    several: Collection[str] = (),
 ) -> Parsed:
     """Reads the command line of an entry point (`argv` without the program's name).
 
@@ -55,6 +59,7 @@ def parse(
       flags: the entry point's own flags: {name: one line of help}; their values stay strings.
       config_required: if False, a command line without --config takes `config.json` from --workdir, as an
         entry point that reads a finished run wants it; overrides still apply.
+      several: flags that may be repeated; their values are joined by commas.
 
     Raises:
       UserError: for an unknown flag or key (with the nearest known one), a wrong type, a missing or broken
@@ -72,7 +77,7 @@ def parse(
         if name.startswith("config."):
             overrides.append((name.removeprefix("config."), value))
         else:
-            plain[name] = value
+            plain[name] = f"{plain[name]},{value}" if name in several and plain[name] else value
     path, workdir = plain.pop("config"), plain.pop("workdir")
     if path:
         config = load(path)
@@ -208,7 +213,8 @@ def _split(argv: Sequence[str], entry: str, known: Mapping[str, str]) -> Iterabl
     while rest:
         word = rest.pop(0)
         if word in ("--help", "-h"):
-            print(f"usage: python -m {entry} [flags]")
+            module = sys.modules.get(entry) or sys.modules["__main__"]
+            print(f"{(module.__doc__ or '').strip()}\n\nflags:")
             for name, text in known.items():
                 print(f"  --{name}=…  {text}")
             print("  --config.GROUP.FIELD=VALUE  changes one field of the config")
