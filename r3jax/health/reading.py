@@ -133,7 +133,8 @@ def dtype_drift(params, reader: Reader) -> Line:
 
 def token_rate(params, reader: Reader) -> Line:
     """Thoughts about twenty queries end with the embed token by themselves."""
-    found = reader.reason(params, QUERIES)
+    with np.errstate(invalid="ignore"):  # of vectors that are lost, other lines tell
+        found = reader.reason(params, QUERIES)
     rate = float((found.emitted == 1).mean())
     figure = f"{rate:.0%} of {len(QUERIES)} thoughts end with {EMBED_TOKEN}, {found.tokens.mean():.1f} tokens long"
     fix = "raise max_thought_tokens, look at the reasoning prompt, or train longer with format reward"
