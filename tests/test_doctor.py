@@ -38,16 +38,17 @@ def folder(good, tmp_path):
 
 
 def examine(folder, capsys, monkeypatch):
-    """{name: line} of what the verb prints, and its exit code; on one device, and thoughts not asked for again."""
+    """{name: line} of what the verb prints, and its exit code; on one device."""
     capsys.readouterr()
     one = make_mesh(devices=jax.devices()[:1])
     load = SearchR3.from_pretrained
-    monkeypatch.setattr(SearchR3, "from_pretrained", lambda path: load(path, mesh=one))
     code = 0
-    try:
-        doctor.main([str(folder), "--json"])
-    except SystemExit as e:
-        code = e.code
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchR3, "from_pretrained", lambda path: load(path, mesh=one))
+        try:
+            doctor.main([str(folder), "--json"])
+        except SystemExit as e:
+            code = e.code
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return {line["name"]: line for line in lines}, code
 

@@ -69,6 +69,12 @@ def test_the_dispatcher(monkeypatch, capsys):
     assert "did you mean encode?" in complaint(dispatcher.main, ["encoed"], monkeypatch, capsys)
 
 
+def test_a_reader_who_has_gone_is_no_error():
+    process = fixtures.run_python("-m", "r3jax", "--help")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_command_lines():
     def read(*argv):
         flags, switches = {"k": "hits", "name": "a name"}, {"json": "as JSON"}

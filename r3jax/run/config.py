@@ -192,12 +192,19 @@ def load_saved(path: pathlib.Path | str) -> ConfigDict:
 
 
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs an entry point on sys.argv: exit 0; 2 with one sentence for a UserError; 130 for Ctrl-C.
+    """Runs an entry point on sys.argv: exit 0; 2 with one sentence for a UserError; 130 for Ctrl-C; 141 where
+    nobody reads the output any more.
 
     Anything else is a bug and keeps its trace.
     """
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # now, so that a reader who has gone is met here
+    except BrokenPipeError:  # as in `| head`: the reader has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
