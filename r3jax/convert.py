@@ -1,17 +1,21 @@
-"""Published checkpoints in, published checkpoints out.
+"""Published checkpoints in, published checkpoints out; training data in.
 
     python -m r3jax.convert import SRC DST [--config=FILE[:SIZE]] [--config.KEY=VALUE ...]
     python -m r3jax.convert export RUN DST [--stage=sft|rl] [--shard-size=MIB] [--merge-lora]
+    python -m r3jax.convert data FILE[,FILE...] DST
 
 `import` makes a run of a Hugging Face folder or hub id: it can be evaluated and be the init_from of other runs. Of an
 adapter of PEFT it is the base that adapter_config.json names, with the adapter merged.
 `export` makes a folder for transformers, sentence-transformers (direct mode) and r3jax from a run's best weights. Of a
 run with an adapter it is the adapter, for PEFT; --merge-lora makes ordinary weights of it and its base, in float32
 also where the base is stored in bfloat16, whose rounding would undo a part of what the adapter has learnt.
+`data` makes a data set's folder of training data in Tevatron's or FlagEmbedding's form (.jsonl); each file is a split
+of its name.
 DST must not exist, or be empty; it appears whole or not at all. For example:
 
     python -m r3jax.convert import Qwen/Qwen2.5-0.5B-Instruct runs/qwen-0.5b
     python -m r3jax.convert export runs/rl-tiny published/rl-tiny
+    python -m r3jax.convert data train.jsonl,validation.jsonl data/mine
 """
 
 import contextlib
@@ -27,6 +31,7 @@ import jax
 from ml_collections import ConfigDict
 
 from r3jax import export, weights
+from r3jax.data import pairs
 from r3jax.errors import UserError
 from r3jax.model import lora, peft
 from r3jax.model.hub import local_folder
@@ -55,9 +60,11 @@ def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         print(__doc__.strip())
         sys.exit(0)
-    commands = {"import": import_, "export": export_}
+    commands = {"import": import_, "export": export_, "data": data}
     if len(argv) < 3 or argv[0] not in commands or any(word.startswith("--") for word in argv[:3]):
-        raise UserError(f"give import SRC DST or export RUN DST, then flags; see python -m {ENTRY} --help.")
+        raise UserError(
+            f"give import SRC DST, export RUN DST or data FILES DST, then flags; see python -m {ENTRY} --help."
+        )
     command, source, target = argv[:3]
     quiet_libraries()
     commands[command](source, pathlib.Path(target), argv[3:])
@@ -153,6 +160,16 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
                 whole = lora.merge(params, model, written.param_dtype) if merge else params
                 export.fill(part, whole, what, int(size) * MIB)
     print(f"{target}: the {stage} {'adapter' if model.lora and not merge else 'weights'} of {run}")
+
+
+def data(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
+    """Makes a folder in BEIR form of other tools' training data."""
+    if argv:
+        raise UserError(f"unexpected argument {argv[0]!r}; give data FILES DST.")
+    check_target(target)
+    with new_folder(target) as part:
+        counts = pairs.write_beir([pathlib.Path(name) for name in source.split(",")], part)
+    print(f"{target}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
 
 
 def evaluation(run: pathlib.Path) -> str:

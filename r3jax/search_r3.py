@@ -134,6 +134,11 @@ class SearchR3:
         )
         return cls(params, reader, max_length or limits["max_doc_tokens"])
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the model can write: sentence-transformers saves an untied one without its head."""
+        return self.reader.model.tied or "unembed" in self.params
+
     def generate(
         self,
         queries: str | Iterable[str],
@@ -234,7 +239,7 @@ class SearchR3:
         return dataclasses.replace(reader, chat=ChatFormat(reader.chat.tokenizer, prompts))
 
     def _think(self, texts: list[str], prompt, batch_size, show) -> Encoded:
-        if not self.reader.model.tied and "unembed" not in self.params:
+        if not self.thinks:
             raise ValueError(
                 f"this folder has no {HEAD}, which sentence-transformers does not save and thoughts need; "
                 "pass reasoning=False, or give the folder that was exported."

@@ -32,10 +32,10 @@ def shared(tmp_path_factory):
 
 
 MISTAKES = [
-    ([], "give import SRC DST or export RUN DST, then flags; see python -m r3jax.convert --help"),
-    (["import", "IN/theirs"], "give import SRC DST or export RUN DST"),
-    (["publish", "IN/run", "OUT"], "give import SRC DST or export RUN DST"),
-    (["export", "--stage=sft", "IN/run", "OUT"], "give import SRC DST or export RUN DST"),
+    ([], "give import SRC DST, export RUN DST or data FILES DST, then flags; see python -m r3jax.convert --help"),
+    (["import", "IN/theirs"], "give import SRC DST, export RUN DST or data FILES DST"),
+    (["publish", "IN/run", "OUT"], "give import SRC DST, export RUN DST or data FILES DST"),
+    (["export", "--stage=sft", "IN/run", "OUT"], "give import SRC DST, export RUN DST or data FILES DST"),
     (["export", "IN/run", "OUT", "--stage=dpo"], "--stage must be sft or rl, not 'dpo'"),
     (["export", "IN/run", "OUT", "--stage=rl"], "there are no checkpoints at IN/run/checkpoints/rl"),
     (["export", "IN/run", "OUT", "--shard-size=4G"], "--shard-size must be a whole number of MiB above 0, not '4G'"),

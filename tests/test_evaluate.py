@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from r3jax import evaluate
+from r3jax.errors import UserError
 from tests import fixtures
 
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
@@ -34,7 +35,9 @@ def test_the_figures_are_those_of_training(run, tmp_path, capsys, stage):
     answers = found["p_values"]["seen"]
     del answers["best trained > bm25"]  # the best of fewer conditions
     assert answers and answers == {q: trained["p_values"]["seen"][q] for q in answers}
-    assert sorted(p.name for p in (tmp_path / "trec").iterdir()) == sorted(f"seen.{c}.run" for c in wanted)
+    assert sorted(p.name for p in (tmp_path / "trec").iterdir()) == sorted(
+        ["seen.qrels", *(f"seen.{c}.run" for c in wanted)]
+    )
     said = capsys.readouterr().out
     assert f"{stage}_reasoning" in said and f"results: {tmp_path}" in said
 
@@ -71,3 +74,35 @@ def test_a_run_can_be_evaluated_where_its_training_data_is_gone(run, tmp_path):
     evaluate.main([*argv, f"--out={tmp_path / 'out'}"])
     assert (tmp_path / "out" / "evaluation.json").exists()
     assert not (other / "thoughts.jsonl").exists()  # nothing is written beside the run
+
+
+def test_budgets_conditions_and_several_data_sets(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(run.parent / "data", other)
+    sets = [f"--data={run.parent / 'data'}", f"--data={other}"]
+    chosen = ["--split=seen", "--conditions=direct,reasoning", "--budgets=0,5", "--format=json"]
+    evaluate.main([f"--workdir={run}", *sets, *chosen, f"--out={tmp_path / 'out'}"])
+    said = capsys.readouterr()
+    first, second = (json.loads(line) for line in said.out.splitlines())
+    assert (first["data"], second["data"]) == ("data", "other") and said.err.count("results: ") == 2
+    assert (tmp_path / "out" / "other-seen" / "trec" / "seen.rl_budget_5.run").is_file()
+    found = first["splits"]["seen"]
+    assert list(found) == ["bm25", "rl_direct", "rl_reasoning", "rl_budget_0", "rl_budget_5"]
+    limit = json.loads((run / "config.json").read_text())["data"]["max_thought_tokens"]
+    assert limit == 5  # so that this budget is no limit
+    assert figures(found)["rl_budget_5"] == figures(found)["rl_reasoning"]
+    assert found["rl_budget_0"]["thought_tokens"] == 0 < found["rl_budget_5"]["thought_tokens"]
+    assert figures(second["splits"]["seen"]) == figures(found)
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--budgets=4,x", "--budgets must be whole numbers"),
+        ("--conditions=direct,thinking", "there is no 'thinking'; choose some of direct"),
+        ("--format=html", "--format must be one of text, markdown, json, latex"),
+    ],
+)
+def test_mistakes(run, flag, said):
+    with pytest.raises(UserError, match=said):
+        evaluate.main([f"--workdir={run}", flag])

@@ -3,6 +3,7 @@
     corpus.jsonl      {"_id": str, "title": str (optional), "text": str}    one document per line
     queries.jsonl     {"_id": str, "text": str}                             one query per line
     qrels/SPLIT.tsv   query-id <tab> corpus-id <tab> grade                  header line optional
+       or .jsonl      {"query-id": str, "corpus-id": str, "score": int}
     thoughts.jsonl    {"query_id": str, "text": str}                        optional: supervised reasoning
 
 The form is that of BEIR (Thakur et al., 2021, arXiv 2104.08663). Other fields in a line are ignored.
@@ -10,12 +11,9 @@ The form is that of BEIR (Thakur et al., 2021, arXiv 2104.08663). Other fields i
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
+from r3jax.data.lines import BadLine, LineReader, identifier, parse, string
 from r3jax.errors import UserError
 
 
@@ -69,38 +67,6 @@ class Dataset:
         return found
 
 
-class _BadLine(Exception):
-    """What is wrong with one line, and the fix."""
-
-
-class _Reader:
-    """Reads files line by line, hashes what it reads, and raises or collects complaints."""
-
-    def __init__(self, strict: bool):
-        self.strict = strict
-        self.skipped: list[str] = []
-        self.hash = hashlib.sha256()
-
-    def each(self, path: pathlib.Path, label: str, use: Callable[[str, int], None]) -> None:
-        """Calls use(line, number) on every line that is not blank; use raises _BadLine to refuse one."""
-        self.hash.update(f"{label}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                self.hash.update(raw)
-                try:
-                    try:
-                        line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                    except UnicodeDecodeError:
-                        raise _BadLine("not UTF-8 text; save the file as UTF-8") from None
-                    if line.strip():
-                        use(line, number)
-                except _BadLine as bad:
-                    message = f"{path}:{number}: {bad}."
-                    if self.strict:
-                        raise UserError(message) from None
-                    self.skipped.append(message)
-
-
 def load(folder: str | pathlib.Path, *, on_error: str = "strict") -> Dataset:
     """Reads a BEIR folder into memory.
 
@@ -116,11 +82,14 @@ def load(folder: str | pathlib.Path, *, on_error: str = "strict") -> Dataset:
         raise UserError(f'on_error must be "strict" or "skip", not {on_error!r}.')
     folder = pathlib.Path(folder)
     corpus, queries = _existing(folder, "corpus.jsonl"), _existing(folder, "queries.jsonl")
-    qrel_files = sorted((folder / "qrels").glob("*.tsv"))
+    qrel_files = sorted(path for kind in ("tsv", "jsonl") for path in (folder / "qrels").glob(f"*.{kind}"))
     if not qrel_files:
         raise UserError(f"{folder / 'qrels'} holds no .tsv file; add qrels/train.tsv (query-id, corpus-id, score).")
+    for path in qrel_files:
+        if path.suffix == ".jsonl" and path.with_suffix(".tsv") in qrel_files:
+            raise UserError(f"{path} and the .tsv beside it are one split; remove one of them.")
 
-    reader = _Reader(strict=on_error == "strict")
+    reader = LineReader(strict=on_error == "strict")
     docs = _read_texts(reader, corpus, "document", titled=True)
     asked = _read_texts(reader, queries, "query", titled=False)
     qrels = {path.stem: _read_qrels(reader, path, docs, asked) for path in qrel_files}
@@ -151,7 +120,7 @@ def read_thoughts(path: str | pathlib.Path, query_ids: list[str]) -> dict[str, s
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the path of a thoughts.jsonl.")
-    return _read_thoughts(_Reader(strict=True), path, dict.fromkeys(query_ids, ""))
+    return _read_thoughts(LineReader(strict=True), path, dict.fromkeys(query_ids, ""))
 
 
 def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -162,49 +131,19 @@ def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / name
 
 
-def _parse(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _BadLine(f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object") from None
-    if not isinstance(row, dict):
-        raise _BadLine(f"a JSON {type(row).__name__} where an object is needed; write one object per line")
-    return row
-
-
-def _string(row: dict[str, Any], field: str) -> str:
-    if field not in row:
-        raise _BadLine(f'no "{field}"; add it as a string')
-    value = row[field]
-    if not isinstance(value, str):
-        raise _BadLine(f'"{field}" is {json.dumps(value)[:40]}, not a string; put it in quotes')
-    try:
-        value.encode()  # JSON can escape half of a surrogate pair, which no tokenizer takes
-    except UnicodeEncodeError:
-        raise _BadLine(f'"{field}" holds half a surrogate pair; write the character itself') from None
-    return value
-
-
-def _identifier(row: dict[str, Any], field: str) -> str:
-    value = _string(row, field)
-    if not value or any(c in value for c in " \t\r\n"):  # qrels and run files are split at white space
-        raise _BadLine(f'"{field}" is {value!r}; use an id that is not empty and has no white space')
-    return value
-
-
-def _read_texts(reader: _Reader, path: pathlib.Path, what: str, titled: bool) -> dict[str, str]:
+def _read_texts(reader: LineReader, path: pathlib.Path, what: str, titled: bool) -> dict[str, str]:
     texts: dict[str, str] = {}
 
     def use(line: str, number: int) -> None:
-        row = _parse(line)
-        name, text = _identifier(row, "_id"), _string(row, "text")
+        row = parse(line)
+        name, text = identifier(row, "_id"), string(row, "text")
         if titled and "title" in row:
-            text = f"{_string(row, 'title')} {text}"
+            text = f"{string(row, 'title')} {text}"
         text = text.strip()
         if not text:
-            raise _BadLine(f"{what} {name!r} has an empty text; write one or delete the line")
+            raise BadLine(f"{what} {name!r} has an empty text; write one or delete the line")
         if name in texts:
-            raise _BadLine(f"duplicate _id {name!r}; give every {what} its own id")
+            raise BadLine(f"duplicate _id {name!r}; give every {what} its own id")
         texts[name] = text
 
     reader.each(path, path.name, use)
@@ -212,46 +151,53 @@ def _read_texts(reader: _Reader, path: pathlib.Path, what: str, titled: bool) ->
 
 
 def _read_qrels(
-    reader: _Reader, path: pathlib.Path, docs: dict[str, str], queries: dict[str, str]
+    reader: LineReader, path: pathlib.Path, docs: dict[str, str], queries: dict[str, str]
 ) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
 
     def use(line: str, number: int) -> None:
-        cells = line.split("\t")
-        if len(cells) != 3:
-            raise _BadLine(f"{len(cells)} tab-separated columns; write query-id, corpus-id, score")
-        query, doc, grade = (cell.strip() for cell in cells)
-        if number == 1 and query in ("query-id", "query_id"):
-            return
+        if path.suffix == ".jsonl":
+            row = parse(line)
+            query, doc = (identifier(row, field) for field in ("query-id", "corpus-id"))
+            grade = row.get("score", 1)
+        else:
+            cells = line.split("\t")
+            if len(cells) != 3:
+                raise BadLine(f"{len(cells)} tab-separated columns; write query-id, corpus-id, score")
+            query, doc, grade = (cell.strip() for cell in cells)
+            if number == 1 and query in ("query-id", "query_id"):
+                return
         try:
             value = int(grade)
-        except ValueError:
-            raise _BadLine(f"bad score {grade!r}; write a whole number such as 1") from None
+            if isinstance(grade, float) and value != grade:
+                raise ValueError
+        except (ValueError, TypeError):
+            raise BadLine(f"bad score {grade!r}; write a whole number such as 1") from None
         if query not in queries:
-            raise _BadLine(f"unknown query {query!r}; add it to queries.jsonl or delete the line")
+            raise BadLine(f"unknown query {query!r}; add it to queries.jsonl or delete the line")
         if doc not in docs:
-            raise _BadLine(f"unknown document {doc!r}; add it to corpus.jsonl or delete the line")
+            raise BadLine(f"unknown document {doc!r}; add it to corpus.jsonl or delete the line")
         judged = qrels.setdefault(query, {})
         if doc in judged:
-            raise _BadLine(f"query {query!r} and document {doc!r} are judged twice; delete one line")
+            raise BadLine(f"query {query!r} and document {doc!r} are judged twice; delete one line")
         judged[doc] = value
 
     reader.each(path, f"qrels/{path.name}", use)
     return qrels
 
 
-def _read_thoughts(reader: _Reader, path: pathlib.Path, queries: dict[str, str]) -> dict[str, str]:
+def _read_thoughts(reader: LineReader, path: pathlib.Path, queries: dict[str, str]) -> dict[str, str]:
     thoughts: dict[str, str] = {}
 
     def use(line: str, number: int) -> None:
-        row = _parse(line)
-        query, text = _identifier(row, "query_id"), _string(row, "text").strip()
+        row = parse(line)
+        query, text = identifier(row, "query_id"), string(row, "text").strip()
         if query not in queries:
-            raise _BadLine(f"unknown query {query!r}; add it to queries.jsonl or delete the line")
+            raise BadLine(f"unknown query {query!r}; add it to queries.jsonl or delete the line")
         if not text:
-            raise _BadLine(f"the thought of query {query!r} is empty; write one or delete the line")
+            raise BadLine(f"the thought of query {query!r} is empty; write one or delete the line")
         if query in thoughts:
-            raise _BadLine(f"query {query!r} has two thoughts; delete one line")
+            raise BadLine(f"query {query!r} has two thoughts; delete one line")
         thoughts[query] = text
 
     reader.each(path, path.name, use)

@@ -1,11 +1,11 @@
-"""Run files in TREC's format, one returned document a line: ``query_id Q0 doc_id rank score tag``."""
+"""TREC's files: runs, one returned document a line: ``query_id Q0 doc_id rank score tag``, and judgements."""
 
 import math
 import os
 import pathlib
 
 from r3jax.errors import UserError
-from r3jax.evaluation.metrics import Run, rank
+from r3jax.evaluation.metrics import Qrels, Run, rank
 
 
 def write_run(path: str | os.PathLike, run: Run, tag: str) -> pathlib.Path:
@@ -67,3 +67,36 @@ def read_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
             if math.isnan(scored[doc_id]):
                 raise UserError(f"{where}: the score {score!r} is not a number; mend the line")
     return run
+
+
+def write_qrels(path: str | os.PathLike, qrels: Qrels) -> None:
+    """Writes judgements, ``query_id 0 doc_id grade`` a line, for trec_eval and `read_qrels`; makes the folder."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{query} 0 {doc} {grade}\n" for query, judged in qrels.items() for doc, grade in judged.items()]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def read_qrels(path: str | os.PathLike) -> dict[str, dict[str, int]]:
+    """Reads judgements in TREC's form (four columns) or BEIR's (query-id, corpus-id, score, under a header line).
+
+    Raises:
+      UserError: with file and line, if a line has another number of columns or its grade is no whole number.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            columns = line.split()
+            if not columns or (number == 1 and columns[0] in ("query-id", "query_id")):
+                continue
+            if len(columns) not in (3, 4):
+                raise UserError(
+                    f"{path}:{number}: judgements have 3 or 4 columns, here are {len(columns)}; mend the line"
+                )
+            try:
+                qrels.setdefault(columns[0], {})[columns[-2]] = int(columns[-1])
+            except ValueError:
+                raise UserError(
+                    f"{path}:{number}: the grade {columns[-1]!r} is no whole number; mend the line"
+                ) from None
+    return qrels

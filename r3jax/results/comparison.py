@@ -10,8 +10,9 @@ import numpy as np
 from r3jax.data.beir import Dataset
 from r3jax.evaluation.bm25 import BM25
 from r3jax.evaluation.significance import paired_randomisation
-from r3jax.evaluation.trec import write_run
+from r3jax.evaluation.trec import write_qrels, write_run
 from r3jax.reader import Reader
+from r3jax.results import cautions
 from r3jax.results.conditions import MODEL_CONDITIONS, Measured, bm25, evaluate, examples
 from r3jax.search.index import VersionedIndex
 
@@ -41,8 +42,9 @@ def compare(
     reader: Reader,
     encode_corpus: Callable[[Any], np.ndarray],
     workdir: pathlib.Path,
+    conditions: Sequence[str] = MODEL_CONDITIONS,
 ) -> dict[str, Any]:
-    """The `splits` and `p_values` of results.json; writes TREC runs and the page's examples beside it.
+    """The `splits`, `p_values` and `warnings` of results.json; writes TREC files and the page's examples beside it.
 
     models: (name, params) in order; one named "untrained" is measured in direct mode only, one named "" gives
     conditions without a prefix. The last one's queries become the page's examples.
@@ -54,23 +56,29 @@ def compare(
         index = VersionedIndex.build(encode_corpus(params), 0, "exact")
         cards = []
         for split in splits:
-            wanted = [c for c in MODEL_CONDITIONS if c == "direct" or name != "untrained"]
+            wanted = [c for c in conditions if c == "direct" or name != "untrained"]
             if reader.thoughts < 2:
                 wanted = [c for c in wanted if c != "averaged"]
             measured = evaluate(reader, params, dataset, split, index, wanted)
             for condition, m in measured.items():
                 label = name if name == "untrained" else f"{name}_{condition}" if name else condition
                 found[split][label] = m
-            if "reasoning" in measured:
+            if {"reasoning", "direct"} <= set(measured):
                 cards += examples(dataset, split, measured, EXAMPLES // len(splits))
-    for split, conditions in found.items():
-        for label, m in conditions.items():
+    for split, by_label in found.items():
+        judged = {query: dataset.qrels[split][query] for query in dataset.positives(split)}
+        write_qrels(workdir / "trec" / f"{split}.qrels", judged)
+        for label, m in by_label.items():
             write_run(workdir / "trec" / f"{split}.{label}.run", m.run, tag=f"r3jax-{label}")
     (workdir / "examples.json").write_text(json.dumps(cards, indent=1, ensure_ascii=False))
     return {
         "splits": {s: {label: m.summary for label, m in c.items()} for s, c in found.items()},
         "p_values": {s: p_values(c) for s, c in found.items()},
         "best_trained": {s: best_trained(c) for s, c in found.items()},
+        "warnings": {
+            s: cautions.of_data(dataset, s) + cautions.of_runs({label: m.run for label, m in c.items()})
+            for s, c in found.items()
+        },
     }
 
 

@@ -3,7 +3,8 @@
 Conditions of one model: `direct` (fixed answer), `reasoning` (its own greedy thought), and the controls
 `empty` (the reasoning prompt, no thought), `shuffled` (the thought it wrote for the next query) and `copied` (the
 query itself as the thought). `averaged` spends more on thinking: the mean of the vectors of several sampled thoughts
-(self-consistency, Wang et al. 2022, for vectors), so that no single wrong term decides.
+(self-consistency, Wang et al. 2022, for vectors), so that no single wrong term decides. `budget_N` gives the greedy
+thought N tokens at most; where it has not ended by then, the direct answer follows.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from r3jax.search.index import VersionedIndex
 
 DEPTH = 100  # documents returned per query
 MODEL_CONDITIONS = ("direct", "reasoning", "averaged", "empty", "shuffled", "copied")
+BUDGET = "budget_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,10 @@ def evaluate(
         elif name == "averaged":
             averaged = reader.reason(params, texts, reader.thoughts)
             vectors = averaged.vectors
+        elif name.startswith(BUDGET):
+            short = dataclasses.replace(reader, max_new=int(name.removeprefix(BUDGET)) + 1)
+            limited = short.reason(params, texts)
+            vectors = limited.vectors
         elif name == "empty":
             vectors = reader.with_thoughts(params, texts, [[]] * len(texts))
         elif name == "shuffled":
@@ -87,8 +93,8 @@ def evaluate(
         rows, scores = index.search(vectors, min(DEPTH, len(index)))
         seconds += time.perf_counter() - start
         measured = _measure(dataset, split, ids, rows, scores, seconds)
-        if name in ("reasoning", "averaged"):
-            own = averaged if name == "averaged" else reasoned
+        if name in ("reasoning", "averaged") or name.startswith(BUDGET):
+            own = {"reasoning": reasoned, "averaged": averaged}.get(name) or limited
             measured.summary["thought_tokens"] = float(own.tokens.mean())
             measured.summary["token_rate"] = float(own.emitted.mean())
         if thoughts is not None:

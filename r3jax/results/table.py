@@ -1,4 +1,4 @@
-"""The comparison table of a run: for the terminal, for a log, and as markdown.
+"""The comparison table of a run: for the terminal, for a log, as markdown and as LaTeX.
 
 The input is the content of ``results.json``. Whatever is missing in it shows as "–" or is left out.
 """
@@ -76,6 +76,19 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def latex(results: Mapping[str, Any]) -> str:
+    """The same tables as LaTeX tabulars (with booktabs); the best of a column is bold, notes are comments."""
+    lines = []
+    for split, conditions in splits(results):
+        lines += [f"% {line}" for line in (_title(split, conditions), *notes(results, split))]
+        lines += [r"\begin{tabular}{l" + "r" * (len(headings()) - 1) + "}", r"\toprule"]
+        lines += [" & ".join(map(_tex, headings())) + r" \\", r"\midrule"]
+        for row in rows(conditions):
+            lines.append(" & ".join(rf"\textbf{{{_tex(text)}}}" if best else _tex(text) for text, best in row) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join(lines)
+
+
 def splits(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Mapping[str, Any]]]]:
     """(split, {condition: figures}) of every split that has conditions."""
     return [(name, conditions) for name, conditions in (results.get("splits") or {}).items() if conditions]
@@ -114,6 +127,7 @@ def notes(results: Mapping[str, Any], split: str) -> list[str]:
     }
     if silent:
         lines.append("queries without any document: " + ", ".join(f"{n} {c:,.0f}" for n, c in silent.items()))
+    lines += [f"warning: {line}" for line in (results.get("warnings") or {}).get(split) or []]
     return [*lines, LEGEND]
 
 
@@ -170,6 +184,10 @@ def percent(value: Any, digits: int = 1) -> str:
 def _title(split: str, conditions: Mapping[str, Mapping[str, Any]]) -> str:
     counts = [n for c in conditions.values() if (n := number(c.get("queries"))) is not None]
     return split + (f", {max(counts):,.0f} queries" if counts else "")
+
+
+def _tex(text: str) -> str:
+    return "".join(f"\\{c}" if c in "_%&#$" else {MISSING: "--"}.get(c, c) for c in text)
 
 
 def _cell(text: str) -> str:

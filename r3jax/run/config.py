@@ -18,7 +18,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
@@ -47,7 +47,11 @@ class Parsed:
 
 
 def parse(
-    argv: Sequence[str], entry: str, flags: Mapping[str, str] | None = None, config_required: bool = True
+    argv: Sequence[str],
+    entry: str,
+    flags: Mapping[str, str] | None = None,
+    config_required: bool = True,
+    several: Collection[str] = (),
 ) -> Parsed:
     """Reads the command line of an entry point (`argv` without the program's name).
 
@@ -57,6 +61,7 @@ def parse(
       flags: the entry point's own flags: {name: one line of help}; their values stay strings.
       config_required: if False, a command line without --config takes `config.json` from --workdir, as an
         entry point that reads a finished run wants it; overrides still apply.
+      several: flags that may be repeated; their values are joined by commas.
 
     Raises:
       UserError: for an unknown flag or key (with the nearest known one), a wrong type, a missing or broken
@@ -74,7 +79,7 @@ def parse(
         if name.startswith("config."):
             overrides.append((name.removeprefix("config."), value))
         else:
-            plain[name] = value
+            plain[name] = f"{plain[name]},{value}" if name in several and plain[name] else value
     path, workdir = plain.pop("config"), plain.pop("workdir")
     if path:
         config = load(path)
@@ -191,12 +196,19 @@ def load_saved(path: pathlib.Path | str) -> ConfigDict:
 
 
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs an entry point on sys.argv: exit 0; 2 with one sentence for a UserError; 130 for Ctrl-C.
+    """Runs an entry point on sys.argv: exit 0; 2 with one sentence for a UserError; 130 for Ctrl-C; 141 where
+    nobody reads the output any more.
 
     Anything else is a bug and keeps its trace.
     """
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # now, so that a reader who has gone is met here
+    except BrokenPipeError:  # as in `| head`: the reader has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -212,7 +224,8 @@ def _split(argv: Sequence[str], entry: str, known: Mapping[str, str]) -> Iterabl
     while rest:
         word = rest.pop(0)
         if word in ("--help", "-h"):
-            print(f"usage: python -m {entry} [flags]")
+            module = sys.modules.get(entry) or sys.modules["__main__"]
+            print(f"{(module.__doc__ or '').strip()}\n\nflags:")
             for name, text in known.items():
                 print(f"  --{name}=…  {text}")
             print("  --config.GROUP.FIELD=VALUE  changes one field of the config")

@@ -73,12 +73,16 @@ class Tokenizer:
         """Whether texts are read in lower case."""
         return self.encode("A") == self.encode("a")
 
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        return self._inner.to_str(pretty=True)
+
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes folder/tokenizer.json (the Hugging Face format), replacing it in one step."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".tokenizer.json.{os.getpid()}"
-        part.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+        part.write_text(self.to_json(), encoding="utf-8")
         part.replace(folder / "tokenizer.json")
 
 

@@ -1,0 +1,78 @@
+"""Compares two runs query by query: means, wins, ties, losses, and a paired randomisation test.
+
+    r3jax compare RUN_A RUN_B [flags]
+
+RUN_A and RUN_B are TREC run files, or the folders of two evaluations (then all conditions that both have). Judgements
+are those that r3jax evaluate wrote beside RUN_A; a query that a run leaves out scores 0 there. For example:
+
+    r3jax compare runs/a/evaluation/scifact-test runs/b/evaluation/scifact-test --queries=5
+    r3jax compare runs/a/trec/seen.rl_direct.run runs/a/trec/seen.rl_reasoning.run --metric=recall@10 --json
+    r3jax compare mine.run theirs.run --qrels=beir/scifact/qrels/test.tsv
+"""
+
+import json
+import pathlib
+
+from r3jax.errors import UserError
+from r3jax.evaluation.head_to_head import HeadToHead, head_to_head
+from r3jax.evaluation.trec import read_qrels, read_run
+from r3jax.results.table import p_text
+from r3jax.run import command
+from r3jax.run.config import run_main
+
+FLAGS = {
+    "qrels": "judgements, as .tsv of BEIR or in TREC's form; default: those beside RUN_A",
+    "metric": "ndcg@K, recall@K or mrr@K; default: ndcg@10",
+    "queries": "show so many of the largest wins and losses; default: 0",
+}
+SWITCHES = {"json": "one JSON object for each pair of runs, each query in it"}
+
+
+def main(argv: list[str]) -> None:
+    given = command.read(argv, "r3jax.compare", __doc__, ("RUN_A", "RUN_B"), FLAGS, SWITCHES)
+    a, b = map(pathlib.Path, given.words)
+    metric, shown = given.flags["metric"] or "ndcg@10", given.whole("queries", 0) or 0
+    pairs = [(a.name, a, b)]
+    if a.is_dir() and b.is_dir():
+        there = {path.name for path in (b / "trec").glob("*.run")}
+        pairs = [(path.stem, path, b / "trec" / path.name) for path in sorted((a / "trec").glob("*.run"))]
+        pairs = [pair for pair in pairs if pair[1].name in there]
+        if not pairs:
+            raise UserError(f"{a} and {b} have no run in common under trec/; name the files of two runs.")
+    for name, ours, theirs in pairs:
+        for word, path in (("RUN_A", ours), ("RUN_B", theirs)):
+            if not path.is_file():
+                raise UserError(f"{word}: {path} is no file; give two TREC run files, or two evaluations' folders.")
+        judged = read_qrels(_qrels(ours, given.flags["qrels"]))
+        if not any(grade > 0 for grades in judged.values() for grade in grades.values()):
+            raise UserError("--qrels names no relevant document; give judgements with grades above 0.")
+        try:
+            found = head_to_head(read_run(ours), read_run(theirs), judged, metric)
+        except ValueError as e:
+            raise UserError(f"--metric: {e}.") from None
+        if given.switches["json"]:
+            print(json.dumps({"name": name, "run_a": str(ours), "run_b": str(theirs)} | found.as_dict()))
+        else:
+            print(_text(name, found, shown))
+
+
+def _qrels(run: pathlib.Path, given: str | None) -> pathlib.Path:
+    """The judgements of a run file: those given, or those beside it of its split."""
+    path = pathlib.Path(given) if given else run.with_name(run.name.split(".")[0] + ".qrels")
+    if not path.is_file():
+        raise UserError(f"--qrels: there is no {path}; name a file of judgements.")
+    return path
+
+
+def _text(name: str, found: HeadToHead, shown: int) -> str:
+    f = found.as_dict()
+    lines = [
+        f"{name}: {found.metric} {f['a']:.4f} (A) against {f['b']:.4f} (B), {f['a'] - f['b']:+.4f}; "
+        f"A wins {f['wins']}, ties {f['ties']}, loses {f['losses']} of {f['queries']}; two-sided {p_text(f['p'])}"
+    ]
+    lines += [f"  {found.differences[q]:+.4f}  {q}" for q in found.extremes(shown)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

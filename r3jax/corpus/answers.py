@@ -1,0 +1,106 @@
+"""A query's way to its hits: read it with or without a thought, search, fetch the texts; each step timed.
+
+Axes: D width, k hits.
+"""
+
+import dataclasses
+import json
+import time
+from typing import Any, Protocol
+
+import numpy as np
+
+from r3jax.corpus.documents import StoredDocuments
+from r3jax.model.encoder import bucket_of
+from r3jax.reader import Reader
+
+SHOWN = 160  # characters of a document on a terminal
+
+
+class Searchable(Protocol):
+    """An `Encoding` or a `SavedIndex`."""
+
+    @property
+    def documents(self) -> StoredDocuments: ...
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came of one query. Times are milliseconds."""
+
+    query: str
+    thought: str | None  # None without reasoning
+    emitted: bool  # whether the thought ended with the embed token in time
+    tokens: int  # of the thought
+    hits: list[tuple[str, float, str]]  # id, score, text; best first
+    read_ms: float
+    search_ms: float
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Of reading the query and thinking; the embed token counts too."""
+        return None if self.thought is None else self.read_ms / (self.tokens + self.emitted or 1)
+
+    def as_json(self) -> str:
+        """One line."""
+        found: dict[str, Any] = {"query": self.query, "thought": self.thought}
+        if self.thought is not None:
+            found |= {"emitted": self.emitted, "tokens": self.tokens, "ms_per_token": round(self.ms_per_token, 3)}
+        found |= {"read_ms": round(self.read_ms, 3), "search_ms": round(self.search_ms, 3)}
+        found["hits"] = [{"id": name, "score": round(score, 6), "text": text} for name, score, text in self.hits]
+        return json.dumps(found, ensure_ascii=False)
+
+    def as_text(self) -> str:
+        """For people: the thought, a line for each hit, and the times."""
+        lines = []
+        cost = f"{self.read_ms:.1f} ms to read"
+        if self.thought is not None:
+            lines.append(f"thought: {self.thought or '(empty)'}" + ("" if self.emitted else "  (cut, did not end)"))
+            cost += f" and think ({self.tokens} tokens, {self.ms_per_token:.2f} ms per token)"
+        for place, (name, score, text) in enumerate(self.hits, 1):
+            line = " ".join(text.split())
+            line = line if len(line) <= SHOWN else line[: SHOWN - 1] + "…"
+            lines.append(f"{place:>3}  {score:.4f}  {name}  {line}")
+        return "\n".join([*lines, f"{cost}, {self.search_ms:.1f} ms to search"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Searcher:
+    """A model and documents that it has encoded."""
+
+    params: Any
+    reader: Reader
+    found_in: Searchable
+
+    def warm(self, reasoning: bool) -> None:
+        """Compiles what a query can need, of any length, and searches once, so that no query waits for it."""
+        chat, extra = self.reader.chat, self.reader.chat.direct_extra
+        lengths = {bucket_of(n): n for n in range(extra, extra + self.reader.max_query + 1)}
+        filler = [chat.tokenizer.pad_id]
+        for n in lengths.values():
+            self.reader.encode(self.params, [chat.direct(filler * (n - extra))])
+        if reasoning:
+            self.reader.think(self.params, [chat.to_reason(filler * self.reader.max_query)])
+        self.answer("a", 1, reasoning)
+
+    def answer(self, query: str, k: int, reasoning: bool) -> Answer:
+        """The best k documents (all, where there are fewer) for a query."""
+        begin = time.perf_counter()
+        thought, emitted, tokens = None, True, 0
+        if reasoning:
+            found = self.reader.reason(self.params, [query])
+            vectors, tokens, emitted = found.vectors, int(found.tokens[0]), bool(found.emitted[0] == 1)
+            thought = self.reader.chat.tokenizer.decode(found.thoughts[0])
+        else:
+            vectors = self.reader.direct(self.params, [query])
+        read = time.perf_counter()
+        documents = self.found_in.documents
+        rows, scores = self.found_in.search(vectors, min(k, len(documents)))
+        hits = []
+        for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True):
+            name, text = documents[row]
+            hits.append((name, score, text))
+        done = time.perf_counter()
+        return Answer(query, thought, emitted, tokens, hits, 1000 * (read - begin), 1000 * (done - read))

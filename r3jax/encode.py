@@ -1,0 +1,82 @@
+"""Encodes a corpus: every document's search vector, in a folder that numpy can map.
+
+    r3jax encode MODEL DATA OUT [flags]
+
+MODEL is the folder of a run or an exported model, or a hub id. DATA is a folder in BEIR form, a .jsonl file
+({"_id", "title", "text"} or a string per line), or plain text with one document per line. OUT gets vectors.npy,
+documents.jsonl, offsets.npy and manifest.json. A run that was stopped goes on when the same command is given again,
+and ends with the same bytes; another model, prompt, length or corpus is refused there. For example:
+
+    r3jax encode runs/rl-tiny data/tldr-commands vectors
+    r3jax search vectors "list files by size"
+"""
+
+import logging
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import multihost_utils
+
+from r3jax.corpus.encoding import Processes, encode_corpus
+from r3jax.corpus.identity import identity
+from r3jax.data.documents import Documents
+from r3jax.model.hub import local_folder
+from r3jax.model.sharding import make_mesh
+from r3jax.run import command
+from r3jax.run.config import run_main
+from r3jax.run.progress import progress
+from r3jax.search_r3 import Encoded, SearchR3
+
+FLAGS = {
+    "dtype": "of the vectors: float32 or float16; default: float32",
+    "prompt": "system text in place of the model's own for documents",
+    "max-length": "tokens of a document that are read; default: as trained",
+    "batch-size": "documents read at a time; default: the run's, or 32",
+}
+
+
+def main(argv: list[str]) -> None:
+    given = command.read(argv, "r3jax.encode", __doc__, ("MODEL", "DATA", "OUT"), FLAGS)
+    source, data, out = given.words
+    dtype = given.choice("dtype", ("float32", "float16"), "float32")
+    max_length, batch_size = given.whole("max-length"), given.whole("batch-size")
+    documents, prompt = Documents(data), given.flags["prompt"]
+    command.prepare()
+    mesh = make_mesh(devices=jax.local_devices())
+    model = SearchR3.from_pretrained(local_folder(source, "MODEL"), max_length, batch_size, mesh=mesh)
+    logging.getLogger("r3jax").setLevel(logging.ERROR)  # of texts that are cut, the manifest has the number
+
+    def encode(texts: Sequence[str]):
+        found = model.encode_document(texts, prompt=prompt, return_details=True)
+        assert isinstance(found, Encoded)
+        return found.vectors, int(found.truncated.sum())
+
+    known = identity(model.params, model.reader, model.max_document) | {"batch_size": model.reader.batch_size}
+    known |= {"system": prompt} if prompt else {}
+    manifest = encode_corpus(
+        documents,
+        pathlib.Path(out),
+        known,
+        str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source,
+        encode,
+        model.reader.model.width,
+        dtype,
+        progress,
+        processes(),
+    )
+    if jax.process_index() == 0:
+        cut = manifest["truncated"]
+        read = f"; {cut:,} were longer than {manifest['max_length']} tokens and were cut" if cut else ""
+        print(f"{out}: {manifest['documents']:,} documents, {manifest['width']} dimensions, {dtype}{read}")
+
+
+def processes() -> Processes:
+    """This process among those that jax knows of; each encodes its shards on its own devices."""
+    if jax.process_count() == 1:
+        return Processes()
+    return Processes(jax.process_index(), jax.process_count(), multihost_utils.sync_global_devices)
+
+
+if __name__ == "__main__":
+    run_main(main)
