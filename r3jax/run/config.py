@@ -224,7 +224,7 @@ def _split(argv: Sequence[str], entry: str, known: Mapping[str, str]) -> Iterabl
     while rest:
         word = rest.pop(0)
         if word in ("--help", "-h"):
-            module = sys.modules.get(entry) or sys.modules["__main__"]
+            module = sys.modules.get(entry.split()[0]) or sys.modules["__main__"]
             print(f"{(module.__doc__ or '').strip()}\n\nflags:")
             for name, text in known.items():
                 print(f"  --{name}=…  {text}")
