@@ -16,9 +16,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from r3jax.model.encoder import normalise
+from r3jax.model.encoder import bucket_of, normalise
 from r3jax.model.qwen2 import Decoder, ModelConfig
 from r3jax.model.sharding import BATCH, out
+
+
+def pack_length(longest: int) -> int:
+    """A quarter more than the longest row: longer packs waste less and cost more attention."""
+    return bucket_of(longest + longest // 4)
 
 
 class Packs(NamedTuple):
@@ -41,7 +46,7 @@ def pack(
 
     Args:
       kinds: (tokens [B, any width], lengths [B]) of each kind of row; row i of every kind is in the same group.
-      length: of a pack; no row may be longer. Twice the longest row wastes little.
+      length: of a pack; no row may be longer. See `pack_length`.
       shards: into how many parts this process's rows are split over devices.
       chunks: into how many parts each of those is split by gradient caching, which takes every `chunks`-th row.
       agree: from this process's number of packs to the largest over all processes; by default it asks them.

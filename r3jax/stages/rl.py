@@ -26,7 +26,7 @@ from r3jax.data.stream import stream
 from r3jax.losses import in_chunks, info_nce
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.lora import join
-from r3jax.model.packing import last_vectors, pack, packed_states, pick
+from r3jax.model.packing import last_vectors, pack, pack_length, packed_states, pick
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import BATCH, batch_parts, out, place, put_batch
 from r3jax.rl import algorithms
@@ -186,7 +186,7 @@ class RL:
         ):
             tokens, lengths = batch[rows], batch[ends]
             kinds = [(tokens[:, i], lengths[:, i]) for i in range(lengths.shape[1])]
-            made, starts = pack(kinds, length=2 * tokens.shape[2], shards=shards, chunks=self._chunks)
+            made, starts = pack(kinds, length=pack_length(tokens.shape[2]), shards=shards, chunks=self._chunks)
             batch = batch | {packs: made, begins: np.stack(starts, 1)}
         return batch
 

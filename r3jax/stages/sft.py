@@ -21,9 +21,8 @@ from jax.sharding import PartitionSpec as P
 from r3jax.data.beir import Dataset
 from r3jax.data.stream import stream
 from r3jax.losses import info_nce, triplet_margin
-from r3jax.model.encoder import bucket_of
 from r3jax.model.lora import join
-from r3jax.model.packing import last_vectors, pack, packed_states, pick
+from r3jax.model.packing import last_vectors, pack, pack_length, packed_states, pick
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import BATCH, batch_parts, out, place, put_batch
 from r3jax.stages.state import TrainState, apply, value_and_grad
@@ -160,11 +159,10 @@ class SFT:
         answer = len(chat.tokenizer.encode("assistant\n" + chat.prompts.direct_assistant)) - len(
             chat.tokenizer.encode("assistant\n")
         )
-        # Two of the longest rows to a pack.
         direct = chat.direct_extra + max(lengths.query, lengths.document)
         self._chunks = chunks
-        self._doc_pack = bucket_of(2 * direct)
-        self._query_pack = bucket_of(2 * max(direct, chat.reasoning_extra + lengths.query + lengths.thought + 1))
+        self._doc_pack = pack_length(direct)
+        self._query_pack = pack_length(max(direct, chat.reasoning_extra + lengths.query + lengths.thought + 1))
         self.update = jax.jit(
             partial(
                 update,
