@@ -98,7 +98,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "log": {"every": 5, "samples_every": 20},
             # thoughts: how many the condition `averaged` of the last evaluation takes the mean of; 0 leaves it out.
             "evaluate": {
-                "every": 350 if tiny else 100,
+                "every": 500 if tiny else 100,
                 "batch_size": 256 if tiny else 32,
                 "thoughts": 0,
                 # Training stops when KL(base || model) on ordinary chats is above so many nats per token; 0: no bound.
