@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from r3jax.corpus import manifest
 from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.encoding import Processes, encode_corpus, open_encoding
 from r3jax.data.documents import Documents
@@ -97,6 +98,49 @@ def test_a_run_that_fails_goes_on_to_the_same_bytes(corpus, tmp_path):
     run(corpus, tmp_path / "out", encode=None)  # finished: nothing to do
 
 
+def test_a_kill_between_the_vectors_and_the_manifest(corpus, tmp_path, monkeypatch):
+    run(corpus, tmp_path / "whole")
+    write = manifest.write
+
+    def killed(path, content):
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, tmp_path / "out")
+    run(corpus, tmp_path / "out", encode=None)  # all is encoded
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", [np.nan, 0])
+def test_vectors_that_are_lost_are_refused(corpus, tmp_path, lost):
+    def overflow(texts):
+        vectors, cut = encode(texts)
+        vectors[3] *= lost
+        return vectors, cut
+
+    with pytest.raises(UserError, match="gives 1 of 16 documents no unit vector; r3jax doctor"):
+        run(corpus, tmp_path / "out", encode=overflow)
+
+
+def test_files_that_are_damaged(corpus, tmp_path):
+    for name, size in (("vectors.npy", 0), ("vectors.npy", 500), ("documents.jsonl", 900), ("offsets.npy", 0)):
+        out = tmp_path / f"{name}{size}"
+        run(corpus, out)
+        (out / name).write_bytes((out / name).read_bytes()[:size])
+        with pytest.raises(UserError, match="holds no encoded corpus"):
+            open_encoding(out)
+    for text in ("[1]", "garbage"):
+        (out / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="holds no encoded corpus"):
+            open_encoding(out)
+        with pytest.raises(UserError, match="where something else is"):
+            run(corpus, out)
+
+
 KILLED = """
 import sys, time
 from tests.test_encoding import encode, run
@@ -176,7 +220,10 @@ def test_what_does_not_belong_together_is_refused(corpus, tmp_path, change, comp
         ("a.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b", "text": "x"}\n{"_id": "a", "text": "y"}\n', "id 'a'"),
         ("a.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b"}\n', r'a.jsonl:2: no "text"'),
         ("a.jsonl", '{"_id": "a b", "text": "x"}\n', "white space"),
+        ("a.jsonl", '{"_id": "a\u00a0b", "text": "x"}\n', "white space"),
         ("a.jsonl", '{"text": "x"\n', "a.jsonl:1: malformed JSON"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", "a.jsonl:1: a number too long or brackets too deep"),
+        ("a.jsonl", '{"_id": ' + "9" * 5000 + ', "text": "x"}\n', "a.jsonl:1: a number too long"),
         ("a.jsonl", '{"text": ""}\n', "document '1' has an empty text"),
         ("a.jsonl", "", "holds no document"),
         ("a.txt", b"caf\xe9\n", "a.txt:1: not UTF-8"),
