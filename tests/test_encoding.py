@@ -28,12 +28,17 @@ def silent(what, total, done=0):
     yield lambda rows: None
 
 
+def ignore(rows):
+    """Of progress, where no one looks."""
+
+
 def vector(text: str) -> np.ndarray:
     draw = np.random.default_rng(list(text.encode())).normal(size=WIDTH)
     return draw / np.linalg.norm(draw)
 
 
-def encode(texts):
+def encode(texts, on_rows=ignore):
+    on_rows(len(texts))
     return np.stack([vector(t) for t in texts]).astype(np.float32), sum(len(t) > 12 for t in texts)
 
 
@@ -77,11 +82,24 @@ def test_rows_texts_and_counts(corpus, tmp_path, dtype):
     }
 
 
+def test_progress_tells_of_every_document(corpus, tmp_path, monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def noted(what, total, done=0):
+        told.append((total, done))
+        yield told.append
+
+    monkeypatch.setattr(sys.modules[__name__], "silent", noted)
+    run(corpus, tmp_path / "out")
+    assert told[0] == (100, 0) and sum(told[1:]) == 100
+
+
 def test_a_run_that_fails_goes_on_to_the_same_bytes(corpus, tmp_path):
     run(corpus, tmp_path / "whole")
     calls = []
 
-    def failing(texts):
+    def failing(texts, on_rows):
         calls.append(texts)
         if len(calls) in (1, 4, 6):
             raise KeyboardInterrupt
@@ -117,7 +135,7 @@ def test_a_kill_between_the_vectors_and_the_manifest(corpus, tmp_path, monkeypat
 
 @pytest.mark.parametrize("lost", [np.nan, 0])
 def test_vectors_that_are_lost_are_refused(corpus, tmp_path, lost):
-    def overflow(texts):
+    def overflow(texts, on_rows):
         vectors, cut = encode(texts)
         vectors[3] *= lost
         return vectors, cut
@@ -144,7 +162,7 @@ def test_files_that_are_damaged(corpus, tmp_path):
 KILLED = """
 import sys, time
 from tests.test_encoding import encode, run
-def slow(texts):
+def slow(texts, on_rows):
     time.sleep(0.01)
     return encode(texts)
 print("begun", flush=True)
@@ -173,7 +191,7 @@ def test_several_processes_write_what_one_writes(corpus, tmp_path):
     barrier, read = threading.Barrier(3), []
 
     def work(i):
-        def noted(texts):
+        def noted(texts, on_rows):
             read.append(i)
             return encode(texts)
 
@@ -205,7 +223,7 @@ def test_what_does_not_belong_together_is_refused(corpus, tmp_path, change, comp
         run(corpus, out)
     else:
         with pytest.raises(KeyboardInterrupt):
-            run(corpus, out, encode=lambda texts: (_ for _ in ()).throw(KeyboardInterrupt))
+            run(corpus, out, encode=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     before = contents(out)
     if not change:
         corpus.write_text(corpus.read_text().replace("title 3", "title 4", 1))
@@ -258,7 +276,7 @@ import numpy as np
 from r3jax.corpus import encoding
 from r3jax.data.documents import Documents
 from tests.test_encoding import IDENTITY, silent
-encode = lambda texts: (np.full((len(texts), 64), 0.125, np.float32), 0)
+encode = lambda texts, on_rows: (np.full((len(texts), 64), 0.125, np.float32), 0)
 source, out = sys.argv[1:]
 encoding.encode_corpus(Documents(source), pathlib.Path(out), IDENTITY, "", encode, 64, "float32", silent)
 print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])  # rusage counts the parent too

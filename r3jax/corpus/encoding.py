@@ -35,8 +35,8 @@ SHARD = 4096
 BLOCK = 1 << 16  # documents scored at a time
 FORMAT = 1
 
-# Texts to their vectors [n, D], and how many of the texts were cut.
-Encode = Callable[[Sequence[str]], tuple[np.ndarray, int]]
+# Texts to their vectors [n, D], and how many of the texts were cut; calls the function with each number just read.
+Encode = Callable[[Sequence[str], Callable[[int], None]], tuple[np.ndarray, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +124,13 @@ def encode_corpus(
             start = _header(file, len(texts), width, dtype)
             for i in left:
                 rows = [text for _, text in texts.slice(i * shard, (i + 1) * shard)]
-                vectors, cut = encode(rows)
+                vectors, cut = encode(rows, advance)
                 refuse_lost(vectors)
                 file.seek(start + i * shard * width * np.dtype(dtype).itemsize)
                 file.write(np.ascontiguousarray(vectors, dtype).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
                 manifest.write(_mark(out, i), {"truncated": cut})
-                advance(len(rows))
         processes.wait("encoded")
         if processes.index == 0:
             counts = {
