@@ -43,11 +43,15 @@ def main(argv: list[str]) -> None:
         for word, path in (("RUN_A", ours), ("RUN_B", theirs)):
             if not path.is_file():
                 raise UserError(f"{word}: {path} is no file; give two TREC run files, or two evaluations' folders.")
-        judged = read_qrels(_qrels(ours, given.flags["qrels"]))
+        judged = _judgements(ours, theirs, given.flags["qrels"])
+        runs = read_run(ours), read_run(theirs)
+        for word, path, run in (("RUN_A", ours, runs[0]), ("RUN_B", theirs, runs[1])):
+            if not judged.keys() & run.keys():
+                raise UserError(f"{word}: {path} answers no judged query; give two runs of one data set and split.")
         if not any(grade > 0 for grades in judged.values() for grade in grades.values()):
             raise UserError("--qrels names no relevant document; give judgements with grades above 0.")
         try:
-            found = head_to_head(read_run(ours), read_run(theirs), judged, metric)
+            found = head_to_head(*runs, judged, metric)
         except ValueError as e:
             raise UserError(f"--metric: {e}.") from None
         if given.switches["json"]:
@@ -56,12 +60,16 @@ def main(argv: list[str]) -> None:
             print(_text(name, found, shown))
 
 
-def _qrels(run: pathlib.Path, given: str | None) -> pathlib.Path:
-    """The judgements of a run file: those given, or those beside it of its split."""
-    path = pathlib.Path(given) if given else run.with_name(run.name.split(".")[0] + ".qrels")
+def _judgements(ours: pathlib.Path, theirs: pathlib.Path, given: str | None) -> dict[str, dict[str, int]]:
+    """Those given, or those beside the run files, of their splits; both must have the same."""
+    beside, other = (run.with_name(run.name.rsplit(".", 2)[0] + ".qrels") for run in (ours, theirs))
+    path = pathlib.Path(given) if given else beside
     if not path.is_file():
         raise UserError(f"--qrels: there is no {path}; name a file of judgements.")
-    return path
+    judged = read_qrels(path)
+    if not given and other.is_file() and read_qrels(other) != judged:
+        raise UserError(f"RUN_B: {other} has other judgements than {path}; compare runs of one data set and split.")
+    return judged
 
 
 def _text(name: str, found: HeadToHead, shown: int) -> str:

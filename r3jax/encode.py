@@ -11,9 +11,9 @@ and ends with the same bytes; another model, prompt, length or corpus is refused
     r3jax search vectors "list files by size"
 """
 
-import logging
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.experimental import multihost_utils
@@ -26,7 +26,8 @@ from r3jax.model.sharding import make_mesh
 from r3jax.run import command
 from r3jax.run.config import run_main
 from r3jax.run.progress import progress
-from r3jax.search_r3 import Encoded, SearchR3
+from r3jax.search_r3 import SearchR3
+from r3jax.text.prompts import ChatFormat
 
 FLAGS = {
     "dtype": "of the vectors: float32 or float16; default: float32",
@@ -45,22 +46,24 @@ def main(argv: list[str]) -> None:
     command.prepare()
     mesh = make_mesh(devices=jax.local_devices())
     model = SearchR3.from_pretrained(local_folder(source, "MODEL"), max_length, batch_size, mesh=mesh)
-    logging.getLogger("r3jax").setLevel(logging.ERROR)  # of texts that are cut, the manifest has the number
+    reader, limit = model.reader, model.max_document
+    if prompt:
+        prompts = dataclasses.replace(reader.chat.prompts, direct_system=prompt)
+        reader = dataclasses.replace(reader, chat=ChatFormat(reader.chat.tokenizer, prompts))
 
-    def encode(texts: Sequence[str]):
-        found = model.encode_document(texts, prompt=prompt, return_details=True)
-        assert isinstance(found, Encoded)
-        return found.vectors, int(found.truncated.sum())
+    def encode(texts: Sequence[str], on_rows: Callable[[int], None]):
+        ids = reader.chat.tokens(texts)
+        vectors = reader.encode(model.params, [reader.chat.direct(text[:limit]) for text in ids], on_rows)
+        return vectors, sum(len(text) > limit for text in ids)
 
-    known = identity(model.params, model.reader, model.max_document) | {"batch_size": model.reader.batch_size}
-    known |= {"system": prompt} if prompt else {}
+    known = identity(model.params, reader, limit) | {"batch_size": reader.batch_size}
     manifest = encode_corpus(
         documents,
         pathlib.Path(out),
         known,
         str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source,
         encode,
-        model.reader.model.width,
+        reader.model.width,
         dtype,
         progress,
         processes(),

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         ConfigDict({name: config[name] for name in ("model", "lora", "mesh", "evaluate") if name in config})
     )
     stage = flags["stage"] or weights.trained_stage(workdir)
-    splits = tuple((flags["split"] or ",".join(config.data.eval_splits)).split(","))
+    splits = tuple(dict.fromkeys((flags["split"] or ",".join(config.data.eval_splits)).split(",")))
     conditions = conditions_of(flags)
     style = flags["format"] or "text"
     if style not in FORMATS:

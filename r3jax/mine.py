@@ -10,8 +10,11 @@ For example:
     r3jax mine runs/rl-tiny data/tldr-commands negatives.jsonl --negatives=8 --margin=0.95
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
+from r3jax.corpus.encoding import refuse_lost
 from r3jax.corpus.mining import mine, summary, to_line
 from r3jax.data import beir
 from r3jax.errors import UserError
@@ -47,16 +50,17 @@ def main(argv: list[str]) -> None:
     if not set(sources) <= set(SOURCES) or len(set(sources)) < len(sources):
         raise UserError(f"--sources must name model, bm25 or both, not {','.join(sources)!r}.")
     command.prepare()
+    if pathlib.Path(out).exists():
+        raise UserError(f"OUT names {out}, where something is already; name another file or remove that one.")
     part = pathlib.Path(f"{out}.part")
-    try:
+    with _writing(out):
         part.touch()
-    except OSError as e:
-        raise UserError(f"OUT: cannot write to {out}: {e.strerror}; name another file.") from None
     try:
         dataset = beir.load(data)
         asked = [dataset.query_texts[dataset.query_row[query]] for query in dataset.positives(split)]
         model = SearchR3.from_pretrained(local_folder(source, "MODEL"))
         queries, documents = _vectors(model, dataset, asked, bool(given.switches["reasoning"]))
+        refuse_lost(documents)
         depth = min(depth, len(documents))
         candidates = {}
         for name in sources:
@@ -65,11 +69,20 @@ def main(argv: list[str]) -> None:
             else:
                 candidates[name] = VersionedIndex.build(documents, 0, "exact").search(queries, depth)[0]
         mined = mine(dataset, split, queries, documents, candidates, count=count, margin=margin, above=above)
-        part.write_text("".join(to_line(dataset, m) for m in mined if m.negatives), encoding="utf-8")
-        part.replace(out)
+        with _writing(out):
+            part.write_text("".join(to_line(dataset, m) for m in mined if m.negatives), encoding="utf-8")
+            part.replace(out)
     finally:
         part.unlink(missing_ok=True)
     print(f"{out}: {summary(mined)}")
+
+
+@contextlib.contextmanager
+def _writing(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"OUT: cannot write to {out}: {e.strerror}; make room or name another file.") from None
 
 
 def _vectors(model: SearchR3, dataset: beir.Dataset, asked: list[str], reasoning: bool):

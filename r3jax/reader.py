@@ -91,7 +91,10 @@ class Reader:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             filled = np.resize(chosen, size)  # with rows that are there: they end when they end
-            batch = (*pad([prompts[i] for i in filled], self._width(len(prompts[chosen[-1]]))), filled.astype(np.int32))
+            batch = (
+                *pad([prompts[i] for i in filled], self.prompt_width(len(prompts[chosen[-1]]))),
+                filled.astype(np.int32),
+            )
             with jax.set_mesh(self.mesh):
                 done = jax.device_get(
                     sample(
@@ -119,7 +122,7 @@ class Reader:
         """Unit vectors [N, D] of token rows that end with the embed token: `encode_rows`."""
         return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, on_rows=on_rows)
 
-    def _width(self, longest: int) -> int:
+    def prompt_width(self, longest: int) -> int:
         """The padded length of a batch of prompts: few, for each compiles a decoding loop."""
         widest = bucket_of(self.chat.reasoning_extra + self.max_query)
         return min(widest, max(128, 1 << (longest - 1).bit_length()))

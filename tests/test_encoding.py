@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from r3jax.corpus import manifest
 from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.encoding import Processes, encode_corpus, open_encoding
 from r3jax.data.documents import Documents
@@ -27,12 +28,17 @@ def silent(what, total, done=0):
     yield lambda rows: None
 
 
+def ignore(rows):
+    """Of progress, where no one looks."""
+
+
 def vector(text: str) -> np.ndarray:
     draw = np.random.default_rng(list(text.encode())).normal(size=WIDTH)
     return draw / np.linalg.norm(draw)
 
 
-def encode(texts):
+def encode(texts, on_rows=ignore):
+    on_rows(len(texts))
     return np.stack([vector(t) for t in texts]).astype(np.float32), sum(len(t) > 12 for t in texts)
 
 
@@ -76,11 +82,24 @@ def test_rows_texts_and_counts(corpus, tmp_path, dtype):
     }
 
 
+def test_progress_tells_of_every_document(corpus, tmp_path, monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def noted(what, total, done=0):
+        told.append((total, done))
+        yield told.append
+
+    monkeypatch.setattr(sys.modules[__name__], "silent", noted)
+    run(corpus, tmp_path / "out")
+    assert told[0] == (100, 0) and sum(told[1:]) == 100
+
+
 def test_a_run_that_fails_goes_on_to_the_same_bytes(corpus, tmp_path):
     run(corpus, tmp_path / "whole")
     calls = []
 
-    def failing(texts):
+    def failing(texts, on_rows):
         calls.append(texts)
         if len(calls) in (1, 4, 6):
             raise KeyboardInterrupt
@@ -97,10 +116,53 @@ def test_a_run_that_fails_goes_on_to_the_same_bytes(corpus, tmp_path):
     run(corpus, tmp_path / "out", encode=None)  # finished: nothing to do
 
 
+def test_a_kill_between_the_vectors_and_the_manifest(corpus, tmp_path, monkeypatch):
+    run(corpus, tmp_path / "whole")
+    write = manifest.write
+
+    def killed(path, content):
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, tmp_path / "out")
+    run(corpus, tmp_path / "out", encode=None)  # all is encoded
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", [np.nan, 0])
+def test_vectors_that_are_lost_are_refused(corpus, tmp_path, lost):
+    def overflow(texts, on_rows):
+        vectors, cut = encode(texts)
+        vectors[3] *= lost
+        return vectors, cut
+
+    with pytest.raises(UserError, match="gives 1 of 16 documents no unit vector; r3jax doctor"):
+        run(corpus, tmp_path / "out", encode=overflow)
+
+
+def test_files_that_are_damaged(corpus, tmp_path):
+    for name, size in (("vectors.npy", 0), ("vectors.npy", 500), ("documents.jsonl", 900), ("offsets.npy", 0)):
+        out = tmp_path / f"{name}{size}"
+        run(corpus, out)
+        (out / name).write_bytes((out / name).read_bytes()[:size])
+        with pytest.raises(UserError, match="holds no encoded corpus"):
+            open_encoding(out)
+    for text in ("[1]", "garbage"):
+        (out / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="holds no encoded corpus"):
+            open_encoding(out)
+        with pytest.raises(UserError, match="where something else is"):
+            run(corpus, out)
+
+
 KILLED = """
 import sys, time
 from tests.test_encoding import encode, run
-def slow(texts):
+def slow(texts, on_rows):
     time.sleep(0.01)
     return encode(texts)
 print("begun", flush=True)
@@ -129,7 +191,7 @@ def test_several_processes_write_what_one_writes(corpus, tmp_path):
     barrier, read = threading.Barrier(3), []
 
     def work(i):
-        def noted(texts):
+        def noted(texts, on_rows):
             read.append(i)
             return encode(texts)
 
@@ -161,7 +223,7 @@ def test_what_does_not_belong_together_is_refused(corpus, tmp_path, change, comp
         run(corpus, out)
     else:
         with pytest.raises(KeyboardInterrupt):
-            run(corpus, out, encode=lambda texts: (_ for _ in ()).throw(KeyboardInterrupt))
+            run(corpus, out, encode=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     before = contents(out)
     if not change:
         corpus.write_text(corpus.read_text().replace("title 3", "title 4", 1))
@@ -176,6 +238,7 @@ def test_what_does_not_belong_together_is_refused(corpus, tmp_path, change, comp
         ("a.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b", "text": "x"}\n{"_id": "a", "text": "y"}\n', "id 'a'"),
         ("a.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b"}\n', r'a.jsonl:2: no "text"'),
         ("a.jsonl", '{"_id": "a b", "text": "x"}\n', "white space"),
+        ("a.jsonl", '{"_id": "a\u00a0b", "text": "x"}\n', "white space"),
         ("a.jsonl", '{"text": "x"\n', "a.jsonl:1: malformed JSON"),
         ("a.jsonl", '{"text": ""}\n', "document '1' has an empty text"),
         ("a.jsonl", "", "holds no document"),
@@ -192,6 +255,14 @@ def test_bad_documents(tmp_path, name, text, complaint):
     run(path, tmp_path / "out")
     wanted = [("7", "x"), ("3", "y"), ("4", "z")] if name == "a.jsonl" else [("1", "x"), ("3", "y")]
     assert list(StoredDocuments(tmp_path / "out")) == wanted
+
+
+def test_json_beyond_what_python_reads(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for line in ('{"text": ' + "[" * 100_000, '{"text": "x", "_id": ' + "9" * 5000 + "}"):
+        path.write_text(line)
+        with pytest.raises(UserError, match="a.jsonl:1: a number too long or brackets too deep"):
+            list(Documents(path))
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(corpus, tmp_path):
@@ -211,7 +282,7 @@ import numpy as np
 from r3jax.corpus import encoding
 from r3jax.data.documents import Documents
 from tests.test_encoding import IDENTITY, silent
-encode = lambda texts: (np.full((len(texts), 64), 0.125, np.float32), 0)
+encode = lambda texts, on_rows: (np.full((len(texts), 64), 0.125, np.float32), 0)
 source, out = sys.argv[1:]
 encoding.encode_corpus(Documents(source), pathlib.Path(out), IDENTITY, "", encode, 64, "float32", silent)
 print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])  # rusage counts the parent too

@@ -72,7 +72,14 @@ def test_the_verb(made, tmp_path, capsys):
         f = json.loads(capsys.readouterr().out)
         assert f.pop("name") and f.pop("run_a") == files[0] and f.pop("run_b") == files[1]
         assert f == head_to_head(a, b, qrels, "ndcg@10").as_dict()
+    write_run(tmp_path / "c" / "trec" / "test.direct.run", {f"other-{q}": run for q, run in b.items()}, "x")
+    write_run(tmp_path / "d" / "trec" / "test.direct.run", b, "x")
+    write_qrels(tmp_path / "d" / "trec" / "test.qrels", qrels | {"q3": {"d1": 1}})
+    (tmp_path / "binary.run").write_bytes(b"\xff\xfe")
     for argv, complaint in (
+        ([str(tmp_path / "a"), str(tmp_path / "c")], "RUN_B: .* answers no judged query; give two runs of one"),
+        ([str(tmp_path / "a"), str(tmp_path / "d")], "has other judgements than .*test.qrels; compare runs of one"),
+        ([files[0], str(tmp_path / "binary.run")], "binary.run:1: not UTF-8"),
         ([files[0], "nowhere"], "RUN_B: nowhere is no file"),
         ([str(tmp_path / "a"), str(tmp_path)], "have no run in common"),
         ([*files, "--metric=map"], "--metric: metrics: 'map' is none of"),

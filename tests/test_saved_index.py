@@ -108,6 +108,8 @@ def test_mistakes(tmp_path):
             what()
     assert len(saved_index.open_index(folder).documents) == 50
     assert saved_index.is_index(folder) and not saved_index.is_index(one.folder)
-    (folder / "1" / "index.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="holds no index"):
-        saved_index.open_index(folder)
+    whole = (folder / "1" / "index.npz").read_bytes()
+    for damaged in (b"", b"PK", whole[:900]):
+        (folder / "1" / "index.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="holds no index"):
+            saved_index.open_index(folder)

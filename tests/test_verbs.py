@@ -93,7 +93,7 @@ def test_command_lines():
     ):
         with pytest.raises(UserError, match=said):
             read(*argv)
-    for text in ("x", "0", "1.5"):
+    for text in ("x", "0", "1.5", "--5", "9" * 5000):
         with pytest.raises(UserError, match="--k must be a whole number of at least 1"):
             read("one", f"--k={text}").whole("k")
     with pytest.raises(UserError, match="--name must be one of a, b, not 'c'"):
@@ -166,6 +166,13 @@ def test_search_for_people(index, folder, model, monkeypatch, capsys):
     assert "thought" not in asked([], [index, query, "--no-reasoning"], monkeypatch, capsys)
 
 
+def test_bytes_on_the_standard_input_that_are_no_text(index, monkeypatch, capsys):
+    for errors in ("strict", "surrogateescape"):  # the second in a locale without an encoding
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+        said = complaint(dispatcher.main, ["search", str(index), "--no-reasoning", "--k=1"], monkeypatch, capsys)
+        assert "the standard input is not UTF-8 text" in said
+
+
 @pytest.mark.parametrize("flags", [[], ["--reasoning", "--sources=model", "--negatives=3"]])
 def test_mine(folder, model, tmp_path, capsys, flags):
     data, out = beir.load(folder / "data"), tmp_path / "out.jsonl"
@@ -213,6 +220,8 @@ def test_mine(folder, model, tmp_path, capsys, flags):
         ("mine $RUN $DATA $OUT --sources=bm26", "--sources must name model, bm25 or both, not 'bm26'"),
         ("mine $RUN $DATA $OUT --split=tests", "split 'tests' is not in data set"),
         ("mine $RUN $DATA nowhere/out", "OUT: cannot write to nowhere/out"),
+        ("mine $RUN $DATA $VECTORS", "OUT names $VECTORS, where something is already"),
+        ("search $INDEX \udce9", "QUERY is not UTF-8 text"),
         ("search $INDEX query --model=$OTHER", "was encoded with another model; $OTHER has changed"),
     ],
 )

@@ -74,16 +74,21 @@ class Searcher:
     reader: Reader
     found_in: Searchable
 
-    def warm(self, reasoning: bool) -> None:
-        """Compiles what a query can need, of any length, and searches once, so that no query waits for it."""
-        chat, extra = self.reader.chat, self.reader.chat.direct_extra
-        lengths = {bucket_of(n): n for n in range(extra, extra + self.reader.max_query + 1)}
-        filler = [chat.tokenizer.pad_id]
-        for n in lengths.values():
-            self.reader.encode(self.params, [chat.direct(filler * (n - extra))])
+    def warm(self, k: int, reasoning: bool) -> None:
+        """Compiles what queries of any length need, and searches for k once, so that none waits for it.
+
+        But one whose thought does not end in time may: it is read anew, and how long it is then is not known.
+        """
+        reader, chat, extra = self.reader, self.reader.chat, self.reader.chat.direct_extra
+        texts = [[chat.tokenizer.pad_id] * n for n in range(reader.max_query + 1)]
         if reasoning:
-            self.reader.think(self.params, [chat.to_reason(filler * self.reader.max_query)])
-        self.answer("a", 1, reasoning)
+            widths = {reader.prompt_width(chat.reasoning_extra + len(text)): text for text in texts}
+            for text in widths.values():
+                reader.think(self.params, [chat.to_reason(text)])
+        else:
+            for text in {bucket_of(extra + len(text)): text for text in texts}.values():
+                reader.encode(self.params, [chat.direct(text)])
+        self.answer("a", k, reasoning)
 
     def answer(self, query: str, k: int, reasoning: bool) -> Answer:
         """The best k documents (all, where there are fewer) for a query."""

@@ -19,11 +19,13 @@ TEXTS, OFFSETS = "documents.jsonl", "offsets.npy"
 
 
 class StoredDocuments:
-    """The documents that `write` left in a folder; row i is document i."""
+    """The documents that `write` left in a folder; row i is document i. ValueError where the files disagree."""
 
     def __init__(self, folder: pathlib.Path):
         self._offsets = np.load(folder / OFFSETS, mmap_mode="r", allow_pickle=False)
         self._file = (folder / TEXTS).open("rb")
+        if self._offsets[-1] != self._file.seek(0, os.SEEK_END):
+            raise ValueError(f"{TEXTS} is not as long as {OFFSETS} says")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

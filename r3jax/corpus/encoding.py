@@ -28,14 +28,15 @@ from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.manifest import refuse_to_mix
 from r3jax.data.documents import Documents
 from r3jax.errors import UserError
+from r3jax.search.checks import UNIT_TOLERANCE
 
 MANIFEST, VECTORS, PROGRESS, BEGUN = "manifest.json", "vectors.npy", "progress", "begun.json"
 SHARD = 4096
 BLOCK = 1 << 16  # documents scored at a time
 FORMAT = 1
 
-# Texts to their vectors [n, D], and how many of the texts were cut.
-Encode = Callable[[Sequence[str]], tuple[np.ndarray, int]]
+# Texts to their vectors [n, D], and how many of the texts were cut; calls the function with each number just read.
+Encode = Callable[[Sequence[str], Callable[[int], None]], tuple[np.ndarray, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +99,16 @@ def encode_corpus(
       processes: where several share a file system, each encodes every count-th shard.
 
     Raises:
-      UserError: another identity or other data, a bad document, or a folder that cannot be written.
+      UserError: another identity or other data, a bad document, a vector that is lost, or a folder that cannot be
+        written.
     """
     with _writing(out):
         wanted = {"data": documents.fingerprint(), **identity, "dtype": dtype, "shard": shard}
         if (out / MANIFEST).is_file():
-            finished = manifest.read(out / MANIFEST)
+            try:
+                finished = manifest.read(out / MANIFEST)
+            except ValueError:
+                raise UserError(f"OUT names {out}, where something else is; name another folder.") from None
             refuse_to_mix(f"OUT: {out}", finished, wanted, "name another folder")
             return finished
         if processes.index == 0:
@@ -119,13 +124,13 @@ def encode_corpus(
             start = _header(file, len(texts), width, dtype)
             for i in left:
                 rows = [text for _, text in texts.slice(i * shard, (i + 1) * shard)]
-                vectors, cut = encode(rows)
+                vectors, cut = encode(rows, advance)
+                refuse_lost(vectors)
                 file.seek(start + i * shard * width * np.dtype(dtype).itemsize)
                 file.write(np.ascontiguousarray(vectors, dtype).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
                 manifest.write(_mark(out, i), {"truncated": cut})
-                advance(len(rows))
         processes.wait("encoded")
         if processes.index == 0:
             counts = {
@@ -142,6 +147,13 @@ def encode_corpus(
         return manifest.read(out / MANIFEST)
 
 
+def refuse_lost(vectors: np.ndarray) -> None:
+    """UserError where a row of [N, D] is no unit vector: of NaN, or zeros after an overflow."""
+    lost = int((~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < UNIT_TOLERANCE)).sum())
+    if lost:
+        raise UserError(f"MODEL gives {lost} of {len(vectors)} documents no unit vector; r3jax doctor may say why.")
+
+
 def open_encoding(folder: str | pathlib.Path, field: str = "ENCODED") -> Encoding:
     """The encoding in a folder; UserError where there is none that is whole."""
     folder = pathlib.Path(folder)
@@ -153,7 +165,7 @@ def open_encoding(folder: str | pathlib.Path, field: str = "ENCODED") -> Encodin
         documents = StoredDocuments(folder)
         if vectors.shape != (known["documents"], known["width"]) or len(documents) != len(vectors):
             raise ValueError("its files disagree")
-    except (OSError, ValueError, LookupError, TypeError) as e:
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"{field}: {folder} holds no encoded corpus ({e}); make one with r3jax encode.") from None
     return Encoding(folder, vectors, documents, known)
 
@@ -163,6 +175,8 @@ def _begin(documents: Documents, out: pathlib.Path, wanted: dict[str, Any], widt
     begun = out / PROGRESS / BEGUN
     if begun.is_file():
         refuse_to_mix(f"OUT: {out}", manifest.read(begun), wanted, "name another folder")
+        if (out / VECTORS).is_file():  # killed between the vectors' last name and the manifest
+            (out / VECTORS).replace(out / f"{VECTORS}.part")
         return
     ours = {PROGRESS, f"{VECTORS}.part"} | {x + y for x in (stored.TEXTS, stored.OFFSETS) for y in ("", ".part")}
     if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):

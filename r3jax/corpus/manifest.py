@@ -12,7 +12,11 @@ NAMES = {"data": "other data", "model": "another model", "system": "another prom
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """ValueError for a file that holds no JSON object."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content
 
 
 def write(path: pathlib.Path, content: Mapping[str, Any]) -> None:

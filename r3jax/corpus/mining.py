@@ -54,7 +54,6 @@ def mine(
         best = float((documents[positives] @ queries[i]).max())
         limit = min(best - (1 - margin) * abs(best), np.inf if above is None else above)
         taken = {dataset.query_texts[row], *(dataset.doc_texts[p] for p in positives)}
-        scores: dict[int, float] = {}
         false = set()
         lists: dict[str, list[int]] = {}
         for source, rows in candidates.items():
@@ -62,8 +61,7 @@ def mine(
             for c in map(int, rows[i]):
                 if c < 0 or c in positives or dataset.doc_ids[c] == query or dataset.doc_texts[c] in taken:
                     continue
-                scores[c] = float(documents[c] @ queries[i])
-                if scores[c] > limit:
+                if float(documents[c] @ queries[i]) > limit:
                     false.add(c)
                 else:
                     lists[source].append(c)

@@ -10,6 +10,7 @@ the new one. It builds anew over all vectors, so that deleted documents leave ne
 import dataclasses
 import pathlib
 import shutil
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -82,17 +83,14 @@ def add(folder: pathlib.Path, encoding: Encoding) -> tuple[int, int]:
 def delete(folder: pathlib.Path, names: Sequence[str]) -> int:
     """Deletes documents by id and returns how many are left; UserError for an unknown id, or where none is left."""
     old = open_index(folder)
-    gone, unwanted = [], set(names)
-    for row, (name, _) in enumerate(old.documents):
-        if name in unwanted:
-            gone.append(row)
-            unwanted.remove(name)
-    if unwanted:
-        raise UserError(f"INDEX: {folder} has no document {min(unwanted)!r}; nothing was deleted.")
+    unwanted = set(names)
+    gone = {name: row for row, (name, _) in enumerate(old.documents) if name in unwanted}
+    if unwanted - gone.keys():
+        raise UserError(f"INDEX: {folder} has no document {min(unwanted - gone.keys())!r}; nothing was deleted.")
     if len(gone) == len(old.documents):
         raise UserError(f"INDEX: {folder} would be left without a document; remove the folder instead.")
-    kept = (document for row, document in enumerate(old.documents) if row not in set(gone))
-    _write(folder, old.manifest, kept, np.delete(old.index.vectors, gone, axis=0))
+    kept = (document for document in old.documents if document[0] not in gone)
+    _write(folder, old.manifest, kept, np.delete(old.index.vectors, list(gone.values()), axis=0))
     return len(old.documents) - len(gone)
 
 
@@ -107,7 +105,7 @@ def open_index(folder: str | pathlib.Path, field: str = "INDEX") -> SavedIndex:
         documents = StoredDocuments(inside)
         if len(index) != len(documents):
             raise ValueError("its files disagree")
-    except (OSError, ValueError, LookupError, TypeError) as e:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as e:
         raise UserError(f"{field}: {folder} holds no index ({e}); make one with r3jax index build.") from None
     return SavedIndex(folder, index, documents, about)
 

@@ -63,6 +63,8 @@ def parse(line: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise BadLine(f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object") from None
+    except (ValueError, RecursionError):
+        raise BadLine("a number too long or brackets too deep to read; write one JSON object") from None
     if not isinstance(row, dict):
         raise BadLine(f"a JSON {type(row).__name__} where an object is needed; write one object per line")
     return row
@@ -83,6 +85,6 @@ def string(row: dict[str, Any], field: str) -> str:
 
 def identifier(row: dict[str, Any], field: str) -> str:
     value = string(row, field)
-    if not value or any(c in value for c in " \t\r\n"):  # qrels and run files are split at white space
+    if value.split() != [value]:  # run files are split at white space, of whatever kind
         raise BadLine(f'"{field}" is {value!r}; use an id that is not empty and has no white space')
     return value

@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 
+from r3jax.data.lines import stream
 from r3jax.errors import UserError
 from r3jax.evaluation.metrics import Qrels, Run, rank
 
@@ -44,28 +45,25 @@ def read_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
     """Reads a run file; the rank column is ignored, as trec_eval does.
 
     Raises:
-      UserError: with file and line, if a line has not six columns, its score is no number, or the document
-        was there already for that query.
+      UserError: with file and line, if a line is not UTF-8 or has not six columns, its score is no number, or the
+        document was there already for that query.
     """
     run: dict[str, dict[str, float]] = {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            columns = line.split()
-            if not columns:
-                continue
-            where = f"{path}:{number}"
-            if len(columns) != 6:
-                raise UserError(f"{where}: a TREC run has 6 columns, here are {len(columns)}; mend the line")
-            query_id, _, doc_id, _, score, _ = columns
-            scored = run.setdefault(query_id, {})
-            if doc_id in scored:
-                raise UserError(f"{where}: document {doc_id!r} occurs twice for query {query_id!r}; remove one")
-            try:
-                scored[doc_id] = float(score)
-            except ValueError:
-                scored[doc_id] = math.nan
-            if math.isnan(scored[doc_id]):
-                raise UserError(f"{where}: the score {score!r} is not a number; mend the line")
+    for line, number in stream(pathlib.Path(path)):
+        columns = line.split()
+        where = f"{path}:{number}"
+        if len(columns) != 6:
+            raise UserError(f"{where}: a TREC run has 6 columns, here are {len(columns)}; mend the line")
+        query_id, _, doc_id, _, score, _ = columns
+        scored = run.setdefault(query_id, {})
+        if doc_id in scored:
+            raise UserError(f"{where}: document {doc_id!r} occurs twice for query {query_id!r}; remove one")
+        try:
+            scored[doc_id] = float(score)
+        except ValueError:
+            scored[doc_id] = math.nan
+        if math.isnan(scored[doc_id]):
+            raise UserError(f"{where}: the score {score!r} is not a number; mend the line")
     return run
 
 
@@ -81,22 +79,17 @@ def read_qrels(path: str | os.PathLike) -> dict[str, dict[str, int]]:
     """Reads judgements in TREC's form (four columns) or BEIR's (query-id, corpus-id, score, under a header line).
 
     Raises:
-      UserError: with file and line, if a line has another number of columns or its grade is no whole number.
+      UserError: with file and line, if a line is not UTF-8, has another number of columns, or no whole number as grade.
     """
     qrels: dict[str, dict[str, int]] = {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            columns = line.split()
-            if not columns or (number == 1 and columns[0] in ("query-id", "query_id")):
-                continue
-            if len(columns) not in (3, 4):
-                raise UserError(
-                    f"{path}:{number}: judgements have 3 or 4 columns, here are {len(columns)}; mend the line"
-                )
-            try:
-                qrels.setdefault(columns[0], {})[columns[-2]] = int(columns[-1])
-            except ValueError:
-                raise UserError(
-                    f"{path}:{number}: the grade {columns[-1]!r} is no whole number; mend the line"
-                ) from None
+    for line, number in stream(pathlib.Path(path)):
+        columns = line.split()
+        if number == 1 and columns[0] in ("query-id", "query_id"):
+            continue
+        if len(columns) not in (3, 4):
+            raise UserError(f"{path}:{number}: judgements have 3 or 4 columns, here are {len(columns)}; mend the line")
+        try:
+            qrels.setdefault(columns[0], {})[columns[-2]] = int(columns[-1])
+        except ValueError:
+            raise UserError(f"{path}:{number}: the grade {columns[-1]!r} is no whole number; mend the line") from None
     return qrels

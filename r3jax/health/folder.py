@@ -74,8 +74,8 @@ def pooling(folder: pathlib.Path) -> Line:
 
 def normalisation(folder: pathlib.Path) -> Line:
     """Vectors are made unit length, and compared by cosine."""
-    modules = _json(folder / "modules.json")
-    kinds = [str(m.get("type", "")).split(".")[-1] for m in modules] if isinstance(modules, list) else []
+    modules = _json(folder / "modules.json", list)
+    kinds = [str(m.get("type", "") if isinstance(m, dict) else m).split(".")[-1] for m in modules]
     name = _json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
     well = kinds == ["Transformer", "Pooling", "Normalize"] and name == "cosine"
     figure = f"modules.json has {', '.join(kinds) or 'nothing'}; similarity is {name}"
@@ -107,9 +107,10 @@ def stops(folder: pathlib.Path, reader: Reader) -> Line:
     )
 
 
-def _json(path: pathlib.Path) -> Any:
-    """What a file holds; {} where it cannot be read."""
+def _json(path: pathlib.Path, kind: type = dict) -> Any:
+    """What a file holds; an empty dict or list, whichever it should be, where it cannot be read or holds no such."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return kind()
+    return found if isinstance(found, kind) else kind()

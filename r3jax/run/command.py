@@ -7,6 +7,7 @@ Every mistake is a UserError: one sentence, exit code 2.
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +32,7 @@ class Given:
         text = self.flags[name]
         if text is None:
             return None
-        if not text.lstrip("-").isdecimal() or int(text) < low:
+        if not re.fullmatch("-?[0-9]{1,18}", text) or int(text) < low:
             raise UserError(f"--{name} must be a whole number of at least {low}, not {text!r}.")
         return int(text)
 

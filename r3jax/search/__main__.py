@@ -29,6 +29,7 @@ FLAGS = {
     "k": "hits of a query; default: 10",
     "model": "where the model that encoded the documents lies now; default: where it was",
 }
+NOT_UTF8 = "{} is not UTF-8 text; write or convert it as UTF-8."
 SWITCHES = {"reasoning": "whether the model thinks first; default: yes", "json": "one JSON object for each query"}
 
 
@@ -37,8 +38,10 @@ def main(argv: list[str]) -> None:
     given = command.read(argv, "r3jax.search", __doc__, words, FLAGS, SWITCHES, optional=1)
     folder, *asked = given.words
     k, reasoning = given.whole("k") or 10, given.switches["reasoning"] is not False
-    if asked and not asked[0].strip():
-        raise UserError("QUERY is empty; write what you search for.")
+    if asked:
+        checked(asked[0], "QUERY")
+        if not asked[0].strip():
+            raise UserError("QUERY is empty; write what you search for.")
     command.prepare()
     found_in = open_index(folder) if is_index(folder) else open_encoding(folder, "INDEX")
     source = given.flags["model"] or found_in.manifest["source"]
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
     if reasoning and not model.thinks:
         raise UserError(f"{source} has no lm_head.weight, which thoughts need; add --no-reasoning.")
     searcher = Searcher(model.params, model.reader, found_in)
-    searcher.warm(reasoning)
+    searcher.warm(k, reasoning)
     for query in asked or lines():
         answer = searcher.answer(query, k, reasoning)
         print(answer.as_json() if given.switches["json"] else answer.as_text(), flush=True)
@@ -56,11 +59,24 @@ def main(argv: list[str]) -> None:
 
 def lines() -> Iterator[str]:
     """Queries from the standard input, until it ends."""
+    person = sys.stdin.isatty() and sys.stdout.isatty()
     with contextlib.suppress(EOFError):
         while True:
-            line = input("query> " if sys.stdin.isatty() else "").strip()
-            if line:
-                yield line
+            try:
+                line = input("query> " if person else "")
+            except UnicodeDecodeError:
+                raise UserError(NOT_UTF8.format("the standard input")) from None
+            if line.strip():
+                yield checked(line.strip(), "the standard input")
+
+
+def checked(query: str, where: str) -> str:
+    """The query, if it is text: Python reads bytes that are not UTF-8 as halves of surrogate pairs."""
+    try:
+        query.encode()
+    except UnicodeEncodeError:
+        raise UserError(NOT_UTF8.format(where)) from None
+    return query
 
 
 if __name__ == "__main__":
