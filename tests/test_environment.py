@@ -305,6 +305,19 @@ def test_a_probe_tells_the_reward_error_and_the_stale_recall():
         assert found["probe/stale_recall"] == pytest.approx(recall) and recall < 1
 
 
+def test_rounds_of_a_step_leave_its_stale_recall_alone():
+    """It is of the index before the step; a later round finds what the rounds before it have made fresh."""
+    world = World(drift=0.4)
+    env = environment(world)
+    world.move()
+    found = []
+    for step, rounds in ((1, 2), (1, 1), (2, 1)):
+        rollouts = world.rollouts()
+        rewards, _ = env.score(rollouts, world.encode, step, rounds=rounds)
+        found.append(env.probe(rollouts, rewards, world.vectors)["probe/stale_recall"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_the_drift_estimate_learns_how_far_scores_move():
     slow, fast = World(drift=0.05), World(drift=0.3)
     sigmas = []
