@@ -1,6 +1,7 @@
 """Studies on the tests' data set: what the shadows see, what the pages say, and that no run is made twice."""
 
 import json
+import pathlib
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -163,12 +164,29 @@ def flags(folder, **changes):
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
-    """A refresh study from a trained run of both stages, of one seed and two steps, in a folder of its own."""
+    """A refresh study from a trained run of both stages, of one seed and two steps, in a folder of its own.
+
+    The default run stands for those of other policies too.
+    """
     folder = tmp_path_factory.mktemp("study")
+    trained, own = [], train.main
+
+    def main(argv, *more):
+        to = next(flag for flag in argv if flag.startswith("--workdir=")).removeprefix("--workdir=")
+        trained.append(pathlib.Path(to).name)
+        if trained[-1] in ("none", "round_robin"):
+            assert f"--config.index.policy={trained[-1]}" in argv
+            shutil.copytree(folder / "study" / "seed-3" / "default", to)
+        else:
+            own(argv, *more)
+
     fixtures.write_dataset(folder / "data")
     start = fixtures.finished_run()[0] / "run"
     argv = [*flags(folder, init_from=start), f"--out={folder / 'refresh.md'}"]
-    study.main(["refresh", *argv])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "main", main)
+        study.main(["refresh", *argv])
+    assert trained == ["full", "default", "none", "round_robin"]
     return folder, argv
 
 
@@ -228,6 +246,7 @@ def test_a_choice_shares_the_default_run(studied, monkeypatch):
         (["refresh", "--seeds=0,x"], "--seeds must be different whole numbers"),
         (["refresh", "--seeds=1,1"], "--seeds must be different"),
         (["refresh", "--out=page.txt"], "must end in .md"),
+        (["refresh", f"--out={__file__}/page.md"], "page.md cannot be written: "),
         (["refresh", "--config.rl.steps=0"], "config.rl.steps leaves nothing to study"),
         (["refresh", "--config.init_from=nowhere"], "nowhere holds no checkpoint of a stage; name"),
         (["refresh", "--config.init_from=a,b"], "names 2 runs for 3 seeds"),
