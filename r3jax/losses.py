@@ -130,10 +130,7 @@ def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: in
     Returns:
       (loss, gradient), or ((loss, aux), gradient), as `jax.value_and_grad` would; the gradient is in fp32.
     """
-    largest = max(jax.tree.leaves(batch), key=lambda x: x.shape[0])
-    rows, shards = largest.shape[0], _row_shards(largest)
-    if chunks < 1 or rows % (chunks * shards):
-        raise ValueError(f"chunks must divide the {rows // shards} rows of each device, it is {chunks}")
+    rows = _rows(batch, chunks)
     parts = jax.tree.map(lambda x: _split(x, chunks), batch)
     encoded = _encoded(encode_fn, params, parts, rows)
     value, upstream = jax.value_and_grad(loss_fn, has_aux=has_aux)(encoded)
@@ -153,8 +150,17 @@ def in_chunks(encode_fn: Callable, params, batch, chunks: int):
     """`encode_fn(params, batch)`, `chunks` parts one after the other; for what needs no gradient. As `grad_cache`."""
     if chunks == 1:
         return encode_fn(params, batch)
-    rows = jax.tree.leaves(batch)[0].shape[0]
+    rows = _rows(batch, chunks)
     return _encoded(encode_fn, params, jax.tree.map(lambda x: _split(x, chunks), batch), rows)
+
+
+def _rows(batch, chunks: int) -> int:
+    """How many rows a batch has; ValueError if `chunks` does not divide those of each device."""
+    largest = max(jax.tree.leaves(batch), key=lambda x: x.shape[0])
+    rows, shards = largest.shape[0], _row_shards(largest)
+    if chunks < 1 or rows % (chunks * shards):
+        raise ValueError(f"chunks must divide the {rows // shards} rows of each device, it is {chunks}")
+    return rows
 
 
 def _encoded(encode_fn: Callable, params, parts, rows: int):

@@ -48,6 +48,10 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(parsed.flags["out"] or f"docs/{'refresh' if name == 'refresh' else 'choices'}.md")
     if out.suffix != ".md":
         raise UserError(f"--out: {out} must end in .md, for the page is markdown.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out: {out} cannot be written: {e.strerror}; name another file.") from None
     workdir = parsed.workdir if "workdir" in parsed.given else WORKDIR
     lab = Lab(
         train=train.main,
@@ -82,7 +86,6 @@ def main(argv: list[str]) -> None:
         plot = out.with_name(f"{out.stem}-{name}.svg")
         page = out.read_text(encoding="utf-8") if out.is_file() else "# Choices of stage 2, measured\n"
         page = choices.put_section(page, name, f"{about}\n![nDCG@10 of each value]({plot.name})\n\n{text}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     plot.write_text(svg, encoding="utf-8")
     out.write_text(page.rstrip("\n") + "\n", encoding="utf-8")
     print(f"page: {out}, plot: {plot}")

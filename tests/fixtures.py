@@ -190,8 +190,20 @@ def run_python(*argv: str, devices: int = 1, **kwargs) -> subprocess.Popen:
     )
 
 
+TRAINED: dict[str, dict] = {}  # host weights by all that they depend on: every module's data set is the same
+
+
 def trained_params(parts: Parts) -> dict:
     """Host weights after the supervised stage: its completions end by themselves, and differ."""
+    leaves = dict(run_config.leaves(parts.config))
+    given = {k: v for k, v in leaves.items() if k not in ("data.path", "data.cache")}
+    key = repr((given, parts.mesh.shape, parts.dataset.fingerprint))
+    if key not in TRAINED:
+        TRAINED[key] = _trained(parts)
+    return TRAINED[key]
+
+
+def _trained(parts: Parts) -> dict:
     with jax.set_mesh(parts.mesh):
         params = parts.initial_params()
         stage, state = assembly.make_stage("sft", parts, params), assembly.first_state("sft", parts, params)

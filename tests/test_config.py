@@ -189,6 +189,12 @@ def test_a_good_config_passes_every_rule(good):
     configs.validate(good)
 
 
+def test_judgements_may_be_in_either_form(good):
+    folder = pathlib.Path(good.data.path) / "qrels"
+    (folder / "train.tsv").rename(folder / "train.jsonl")
+    configs.validate(good)
+
+
 def test_fields_that_a_config_lacks_are_not_checked(good):
     del good["rl"], good["index"]
     configs.validate(good)
@@ -254,6 +260,16 @@ def test_an_impossible_value_is_named(good, field, value, sentence):
     with pytest.raises(UserError) as error:
         configs.validate(good)
     assert sentence in str(error.value)
+
+
+def test_rounds_of_a_step_leave_the_first_a_share_of_what_max_age_needs(good):
+    good.index.update({"max_age": 20, "budget": 0.05})
+    configs.validate(good)
+    good.rl.dynamic_sampling = 1
+    with pytest.raises(UserError, match=r"config.index.max_age \(20\) .* for rl.dynamic_sampling is 1; raise either"):
+        configs.validate(good)
+    good.index.max_age = 40
+    configs.validate(good)
 
 
 def test_a_moving_reference_needs_a_reference_of_its_own(good):

@@ -225,12 +225,12 @@ def reward_without(overdue, rollouts: Rollouts, vectors: np.ndarray, name: str) 
     return reward + reward_terms(rollouts)
 
 
-@pytest.mark.parametrize("name", ["dcg_scaled", "ndcg", "mrr"])
+@pytest.mark.parametrize("name", ["dcg_scaled", "ndcg", "mrr", "margin"])
 @pytest.mark.parametrize("policy", ["round_robin", "neighbourhood", "boundary", "hybrid"])
 def test_what_is_beyond_max_age_never_ranks(policy, name):
     """Rewards are those of a corpus without it, and so are hard negatives, whatever the budget."""
     world, seen = World(seed=3), 0
-    budget = {"dcg_scaled": 4, "ndcg": 25, "mrr": 90}[name]
+    budget = {"dcg_scaled": 4, "ndcg": 25, "mrr": 90, "margin": 4}[name]
     env = environment(world, policy=policy, max_age=3, budget=budget, over_retrieve=DOCUMENTS, name=name)
     for step in range(1, 14):
         world.move()
@@ -303,6 +303,19 @@ def test_a_probe_tells_the_reward_error_and_the_stale_recall():
         assert found["probe/reward_error"] == np.abs(env.exact_rewards(rollouts, world.vectors) - rewards).mean()
         recall = np.mean([len(set(a) & set(b)) / REWARD["k"] for a, b in zip(stale, truth, strict=True)])
         assert found["probe/stale_recall"] == pytest.approx(recall) and recall < 1
+
+
+def test_rounds_of_a_step_leave_its_stale_recall_alone():
+    """It is of the index before the step; a later round finds what the rounds before it have made fresh."""
+    world = World(drift=0.4)
+    env = environment(world)
+    world.move()
+    found = []
+    for step, rounds in ((1, 2), (1, 1), (2, 1)):
+        rollouts = world.rollouts()
+        rewards, _ = env.score(rollouts, world.encode, step, rounds=rounds)
+        found.append(env.probe(rollouts, rewards, world.vectors)["probe/stale_recall"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_drift_estimate_learns_how_far_scores_move():

@@ -160,6 +160,7 @@ TRAIN = [
     ),
     (["--config.rl.reward.name=ndcg:1,mrr:-1"], "gives mrr the weight -1, which must be above 0 and finite"),
     (["--config.rl.reward.name=mrr:1,mrr:1"], "config.rl.reward.name names mrr twice"),
+    (["--config.rl.reward.name=mrr:1,mine.format:1"], "names mine.format, but format is another figure of the logs"),
     (
         ["--config.rl.reward.name=nowhere.reward"],
         "names nowhere.reward, but nowhere cannot be imported (ModuleNotFound",

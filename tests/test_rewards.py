@@ -52,6 +52,14 @@ def test_margin_looks_beyond_k_and_at_positives_outside_the_candidates():
     np.testing.assert_allclose(call(margin, k=1, **changes), [0.8 - 0.9, -0.5 - 0.6])
 
 
+def test_where_there_is_no_document_there_is_no_negative():
+    """Documents beyond their maximum age leave such places behind, as -1 of score -1."""
+    changes = {"relevant": np.array([[7, -1], [2, -1]]), "positive_scores": np.array([[0.8, 0], [0.6, 0]])}
+    changes["rows"] = np.array([[7, -1, -1, -1], [2, 3, -1, -1]])
+    changes["scores"] = np.array([[0.8, -1, -1, -1], [0.6, 0.5, -1, -1]])
+    np.testing.assert_allclose(call(margin, **changes), [0.0, 0.6 - 0.5])
+
+
 def reference(name, rows, scores, relevant, positive_scores, k):
     wanted = {d for d in relevant if d >= 0}
     if not wanted:

@@ -249,13 +249,28 @@ def test_samples_show_the_best_and_the_worst(parts, weights):
 # The update.
 
 
-def updated(parts, weights, batch):
-    """Parameters before and after one update on a host batch, and its metrics."""
+def updater(parts, weights):
+    """From a host batch to the parameters before and after one update on it, and its metrics; traced once."""
     with jax.set_mesh(parts.mesh):
-        stage, state = start(parts, weights)
-        before = jax.device_get(state.params)
-        state, metrics = stage.update(state, rl.put_batch(parts.mesh, stage.packed(batch)))
-        return before, jax.device_get(state.params), jax.device_get(metrics)
+        stage, _ = start(parts, weights)
+
+    def one(batch):
+        with jax.set_mesh(parts.mesh):
+            state = assembly.first_state("rl", parts, fixtures.placed(weights, parts))
+            before = jax.device_get(state.params)
+            state, metrics = stage.update(state, rl.put_batch(parts.mesh, stage.packed(batch)))
+            return before, jax.device_get(state.params), jax.device_get(metrics)
+
+    return one
+
+
+def updated(parts, weights, batch):
+    return updater(parts, weights)(batch)
+
+
+@pytest.fixture(scope="module")
+def update(parts, weights):
+    return updater(parts, weights)
 
 
 def distance(a, b) -> float:
@@ -265,30 +280,31 @@ def distance(a, b) -> float:
 def test_groups_of_equal_rewards_give_no_policy_gradient(folder, weights, batch):
     only = fixtures.parts(folder, rl__kl_weight=0.0, rl__contrastive_weight=0.0)
     flat = {**batch, "rewards": np.repeat(batch["rewards"][:, :1], 4, axis=1)}
-    before, after, metrics = updated(only, weights, flat)
+    update = updater(only, weights)
+    before, after, metrics = update(flat)
     assert distance(before, after) == 0 and metrics["grad_norm"] == 0 and metrics["policy/loss"] == 0
-    before, after, metrics = updated(only, weights, batch)
+    before, after, metrics = update(batch)
     assert distance(before, after) > 1e-4 and metrics["grad_norm"] > 1e-3
 
 
-def test_what_a_forced_terminal_would_have_cost_does_not_matter(parts, weights, batch):
+def test_what_a_forced_terminal_would_have_cost_does_not_matter(update, batch):
     forced = batch["mask"] == 0
     wild = {**batch, "old_logp": np.where(forced, -50.0, batch["old_logp"]).astype(np.float32)}
-    _, after, metrics = updated(parts, weights, batch)
-    _, again, metrics_again = updated(parts, weights, wild)
+    _, after, metrics = update(batch)
+    _, again, metrics_again = update(wild)
     assert distance(after, again) == 0 and metrics == metrics_again
     # The terminal token that came by itself does count.
     ends = (batch["lengths"] - batch["starts"] - 1)[..., None] == np.arange(6)
     other = {**batch, "mask": np.where(ends, 0.0, batch["mask"]).astype(np.float32)}
-    assert updated(parts, weights, other)[2]["policy/loss"] != pytest.approx(metrics["policy/loss"])
+    assert update(other)[2]["policy/loss"] != pytest.approx(metrics["policy/loss"])
 
 
 @pytest.mark.parametrize(
     "mesh, changes",
     [((1, 1, 1), {"rl__chunks": 2}), ((1, 1, 1), {"rl__chunks": 4}), ((1, 8, 1), {})],
 )
-def test_neither_micro_batch_nor_device_count_changes_the_update(folder, parts, weights, batch, mesh, changes):
-    _, after, metrics = updated(parts, weights, batch)
+def test_neither_micro_batch_nor_device_count_changes_the_update(folder, weights, update, batch, mesh, changes):
+    _, after, metrics = update(batch)
     _, again, other = updated(fixtures.parts(folder, mesh, **changes), weights, batch)
     assert metrics.keys() == other.keys()
     for name in metrics:

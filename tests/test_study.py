@@ -1,6 +1,7 @@
 """Studies on the tests' data set: what the shadows see, what the pages say, and that no run is made twice."""
 
 import json
+import pathlib
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -15,8 +16,10 @@ from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.search.index import VersionedIndex
 from r3jax.studies import choices, refresh, shadows
+from r3jax.studies.cells import Lab, starts_of
 from r3jax.studies.plot import Panel, figure
 from r3jax.studies.shadows import Cell, Shadowed
+from r3jax.weights import IMPORTED
 from tests import fixtures
 from tests.test_environment import DOCUMENTS, GROUP, QUERIES, REFRESH, REWARD, World, environment
 
@@ -133,6 +136,27 @@ def test_a_figure_is_one_well_formed_svg():
     assert {"T & t", "b <", "0.1", "0.01"} <= set(words)
 
 
+def never(*_):
+    raise AssertionError("a run was trained")
+
+
+def test_stage_1_of_a_run_of_both_is_taken_with_its_adapters_base(tmp_path):
+    for file in ("checkpoints/rl/4/a", "checkpoints/sft/2/a", "checkpoints/base/0/a", "tokenizer/a", "config.json"):
+        (tmp_path / "given" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "given" / file).write_text(file)
+    lab = Lab(never, (), tmp_path / "study", (5,), (str(tmp_path / "given"),), None)
+    folder = lab.stage_1(5)
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert found == {"checkpoints/sft/2/a", "checkpoints/base/0/a", "tokenizer/a", "config.json"}
+    assert lab.stage_1(5) == folder and not folder.with_name("sft.part").exists()
+
+
+def test_a_checkpoint_that_was_only_imported_has_no_stage_1(tmp_path):
+    (tmp_path / "checkpoints" / IMPORTED / "0").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoint of a stage; name the folder"):
+        starts_of(str(tmp_path), (0,))
+
+
 def flags(folder, **changes):
     small = {"rl__steps": 2, "evaluate__every": 0, "evaluate__thoughts": 0, "data__eval_splits": "seen"} | changes
     return [*fixtures.flags(folder, **small), "--seeds=3", f"--workdir={folder / 'study'}"]
@@ -140,12 +164,29 @@ def flags(folder, **changes):
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
-    """A refresh study from a trained run of both stages, of one seed and two steps, in a folder of its own."""
+    """A refresh study from a trained run of both stages, of one seed and two steps, in a folder of its own.
+
+    The default run stands for those of other policies too.
+    """
     folder = tmp_path_factory.mktemp("study")
+    trained, own = [], train.main
+
+    def main(argv, *more):
+        to = next(flag for flag in argv if flag.startswith("--workdir=")).removeprefix("--workdir=")
+        trained.append(pathlib.Path(to).name)
+        if trained[-1] in ("none", "round_robin"):
+            assert f"--config.index.policy={trained[-1]}" in argv
+            shutil.copytree(folder / "study" / "seed-3" / "default", to)
+        else:
+            own(argv, *more)
+
     fixtures.write_dataset(folder / "data")
     start = fixtures.finished_run()[0] / "run"
     argv = [*flags(folder, init_from=start), f"--out={folder / 'refresh.md'}"]
-    study.main(["refresh", *argv])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "main", main)
+        study.main(["refresh", *argv])
+    assert trained == ["full", "default", "none", "round_robin"]
     return folder, argv
 
 
@@ -168,10 +209,6 @@ def test_the_refresh_study_writes_its_page(studied):
 def test_finished_runs_are_not_repeated(studied, monkeypatch):
     folder, argv = studied
     page = (folder / "refresh.md").read_text()
-
-    def never(*_):
-        raise AssertionError("a finished run was trained again")
-
     monkeypatch.setattr(train, "main", never)
     study.main(["refresh", *argv])
     assert (folder / "refresh.md").read_text() == page
@@ -209,8 +246,9 @@ def test_a_choice_shares_the_default_run(studied, monkeypatch):
         (["refresh", "--seeds=0,x"], "--seeds must be different whole numbers"),
         (["refresh", "--seeds=1,1"], "--seeds must be different"),
         (["refresh", "--out=page.txt"], "must end in .md"),
+        (["refresh", f"--out={__file__}/page.md"], "page.md cannot be written: "),
         (["refresh", "--config.rl.steps=0"], "config.rl.steps leaves nothing to study"),
-        (["refresh", "--config.init_from=nowhere"], "nowhere holds no checkpoint"),
+        (["refresh", "--config.init_from=nowhere"], "nowhere holds no checkpoint of a stage; name"),
         (["refresh", "--config.init_from=a,b"], "names 2 runs for 3 seeds"),
         (["reward", "--config.rl.reward.k=0"], "config.rl.reward.k must be at least 1"),
     ],

@@ -73,9 +73,10 @@ class Environment:
         rng = np.random.default_rng(seed)
         self.probes = np.sort(rng.choice(len(index), min(probes, len(index)), replace=False))
         self.rebuilds = 0
-        # Of the last `score`: candidates (-1: beyond the maximum age) and fresh scores; queries and their stale top k.
+        # Of the last `score`: candidates (-1: beyond the maximum age) and fresh scores.
         self._ranked: tuple[np.ndarray, np.ndarray] | None = None
-        self._stale_top: tuple[np.ndarray, np.ndarray] | None = None
+        # Of the last step's first round: the step, queries and their stale top k.
+        self._stale_top: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def score(
         self, rollouts: Rollouts, encode: Encode, step: int, rounds: int = 1
@@ -92,7 +93,8 @@ class Environment:
         before = self.index.versions.copy()
         depth = min(refresh.over_retrieve, len(self.index))
         candidates, stale = self.index.search(rollouts.vectors, depth)
-        self._stale_top = rollouts.vectors, candidates[:, :k]
+        if self._stale_top is None or self._stale_top[0] != step:
+            self._stale_top = step, rollouts.vectors, candidates[:, :k]
         clock.lap("search")
         if refresh.policy != "none":
             # Positives first: their fresh scores then set the threshold that the others are held against.
@@ -193,12 +195,13 @@ class Environment:
     def probe(self, rollouts: Rollouts, rewards: np.ndarray, vectors: np.ndarray) -> dict[str, float]:
         """How far this step's `rewards` [R] (NaN: left out) are from a corpus [N, D] re-encoded in full.
 
-        `stale_recall` is that of the index before the last refresh: of its top k, the share whose fresh score reaches
-        the fresh k-th.
+        `stale_recall` is that of the index before this step's first refresh, for the rollouts of its first round: of
+        its top k, the share whose fresh score reaches the fresh k-th.
         """
         assert self._stale_top is not None
-        error = np.abs(self.exact_rewards(rollouts, vectors) - rewards)[np.isfinite(rewards)]
-        queries, rows = self._stale_top
+        error = np.abs(self.exact_rewards(rollouts, vectors) - rewards)
+        error = error[np.isfinite(error)]
+        _, queries, rows = self._stale_top
         top = self._scores(queries, rows, vectors)
         _, best = VersionedIndex.build(vectors, 0, "exact").search(queries, rows.shape[1])
         return {

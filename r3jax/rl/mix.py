@@ -20,6 +20,7 @@ from r3jax.errors import UserError
 from r3jax.rl.rewards import REWARDS
 
 ON_NAN = ("stop", "drop")  # what becomes of a group with a reward that is not finite
+LOGGED = ("retrieval", "format", "length", "overlong", "mean", "std", "dropped")  # as reward/…, whatever the mix
 
 
 def parse(text: str) -> dict[str, float]:
@@ -37,6 +38,8 @@ def parse(text: str) -> dict[str, float]:
             )
         if label(name) in map(label, mix):
             raise ValueError(f"names {label(name)} twice")
+        if label(name) in LOGGED and "," in text:
+            raise ValueError(f"names {name}, but {label(name)} is another figure of the logs; rename that function")
         if not colon and "," in text:
             raise ValueError(f"gives {name} no weight; in a mix each has one, as in ndcg:0.5,margin:0.5")
         try:

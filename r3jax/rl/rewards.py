@@ -4,8 +4,8 @@ Every retrieval reward has the same signature, takes what one fresh ranking offe
 
     reward(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None)
 
-  rows             int [R, K]   candidate documents ranked by their fresh vectors, best first, K >= k
-  scores           [R, K]       their cosines, descending
+  rows             int [R, K]   candidate documents ranked by their fresh vectors, best first, K >= k; -1: no document
+  scores           [R, K]       their cosines, descending; -1, the least, where there is no document
   relevant         int [R, P]   the query's relevant documents, -1 where there are fewer than P
   positive_scores  [R, P]       cosines of `relevant`, ignored at -1
   k                int          depth of the ranking that counts
@@ -66,12 +66,12 @@ def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, em
 def margin(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
     """Cosine to the best relevant document minus the best irrelevant one's, in [-2, 2]; does not saturate.
 
-    Source: ELVA. Every one of the K candidates that is not relevant is a negative; if none is, the margin is
-    0.
+    Source: ELVA. Every document among the K candidates that is not relevant is a negative; if none is, the margin
+    is 0.
     """
     ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
     best_positive = np.where(ranking.known, ranking.positive_scores, -np.inf).max(axis=1)
-    negative = ~ranking.all_hits
+    negative = ranking.documents & ~ranking.all_hits
     best_negative = np.where(negative, ranking.all_scores, -np.inf).max(axis=1)
     usable = ranking.known.any(axis=1) & negative.any(axis=1)
     with np.errstate(invalid="ignore"):  # -inf minus -inf where there is nothing to compare
@@ -157,7 +157,8 @@ class _Ranking:
         _finite("scores", self.all_scores)
         _finite("positive_scores", self.positive_scores)
         # [R, K, P]: which candidate is which relevant document.
-        match = (rows[:, :, None] == relevant[:, None, :]) & self.known[:, None, :] & (rows >= 0)[:, :, None]
+        self.documents = rows >= 0
+        match = (rows[:, :, None] == relevant[:, None, :]) & self.known[:, None, :]
         self.all_hits = match.any(axis=2)
         self.hits = self.all_hits[:, :k]
         self.scores = self.all_scores[:, :k]

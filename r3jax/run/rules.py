@@ -49,7 +49,8 @@ def _has(name: str) -> Callable[[str], bool]:
 
 
 def _has_split(path: str, split: str) -> bool:
-    return bool(split) and (pathlib.Path(path) / "qrels" / f"{split}.tsv").is_file()
+    file = pathlib.Path(path) / "qrels" / f"{split}.tsv"
+    return bool(split) and (file.is_file() or file.with_name(f"{split}.jsonl").is_file())
 
 
 def _is_here(name: str) -> bool:
@@ -273,6 +274,12 @@ RULES: list[Rule] = [
         lambda age, budget, policy: not age or policy == "full" or (policy != "none" and age * budget >= 1 - 1e-9),
         "({0}) asks for every document once in so many steps, which index.budget={1} with policy {2} cannot give; "
         "raise either, or set config.index.max_age=0 for no bound",
+    ),
+    Rule(
+        ("index.max_age", "index.budget", "index.policy", "rl.dynamic_sampling"),
+        lambda age, budget, policy, rounds: not age or policy == "full" or age * budget >= (1 - 1e-9) * (1 + rounds),
+        "({0}) asks for every document once in so many steps, which index.budget={1} cannot give where a step's first "
+        "round may spend its share alone, for rl.dynamic_sampling is {3}; raise either, or set config.index.max_age=0",
     ),
     *at_least(1, "index.over_retrieve"),
     Rule(

@@ -23,7 +23,7 @@ from r3jax.evaluation import metrics
 from r3jax.evaluation.significance import paired_randomisation
 from r3jax.evaluation.trec import read_run
 from r3jax.run import config as run_config
-from r3jax.weights import BEST_KEY, last_stage
+from r3jax.weights import BEST_KEY, IMPORTED, last_stage
 
 METRIC = "ndcg@10"
 # What may differ between two commands that share runs; each run has its own seed.
@@ -71,8 +71,9 @@ class Lab:
         if not (folder / "checkpoints" / "sft").is_dir():
             draft = folder.with_name("sft.part")
             shutil.rmtree(draft, ignore_errors=True)
-            for name in ("checkpoints/sft", "tokenizer"):
-                shutil.copytree(given / name, draft / name)
+            for name in ("checkpoints/sft", "checkpoints/base", "tokenizer"):
+                if (given / name).is_dir():  # only an adapter has a base
+                    shutil.copytree(given / name, draft / name)
             shutil.copy(given / "config.json", draft)
             draft.rename(folder)
         return folder
@@ -139,8 +140,10 @@ def starts_of(init_from: str, seeds: Sequence[int]) -> tuple[str, ...]:
     if len(starts) not in (0, 1, len(seeds)):
         raise UserError(f"config.init_from names {len(starts)} runs for {len(seeds)} seeds; name one, or one per seed.")
     for path in starts:
-        if last_stage(pathlib.Path(path)) is None:
-            raise UserError(f"config.init_from: {path} holds no checkpoint; name the folder of a trained run.")
+        if last_stage(pathlib.Path(path)) in (None, IMPORTED):
+            raise UserError(
+                f"config.init_from: {path} holds no checkpoint of a stage; name the folder of a trained run."
+            )
     return starts
 
 
