@@ -37,7 +37,7 @@ train: $(RUN) ## both stages on the bundled data set, evaluation, report (needs 
 	$(PY) -m r3jax.train --config=configs/rl.py
 
 test: $(DEV) ## the tests, without the slow ones
-	$(PY) -m pytest -q -m "not slow" --durations=10
+	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
 
 test-slow: $(DEV) ## the slow tests
 	$(PY) -m pytest -q -m slow --durations=10

@@ -64,7 +64,8 @@ def pack(
     groups = np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
     placed = [_best_fit(np.concatenate([lengths[rows] for _, lengths in kinds]), length) for rows in groups]
     most = (agree or _largest)(max(used for _, _, used in placed))
-    step = max(1, (1 << most.bit_length()) // 16)  # at most an eighth more
+    # At most an eighth more, of a few packs a third: each number is a shape of its own to compile.
+    step = max(1, (1 << most.bit_length()) // (16 if most > 16 else 4))
     most = -(-most // step) * step
 
     shape = (len(groups), most * length)
