@@ -204,8 +204,8 @@ def test_scanned_layers_equal_a_loop_of_blocks():
             x, _ = Block(config).apply({"params": layer}, x, positions, mask)
         return RMSNorm(config).apply({"params": params["final_norm"]}, x)
 
-    want = loop(params["embed"]["table"][tokens])
-    np.testing.assert_allclose(run(params, config, tokens, lengths), want, atol=1e-5)
+    want = np.asarray(loop(params["embed"]["table"][tokens]))
+    np.testing.assert_allclose(np.asarray(run(params, config, tokens, lengths))[valid], want[valid], atol=1e-5)
 
 
 def test_remat_saves_less_and_changes_no_value():
