@@ -82,7 +82,7 @@ class Reader:
         """`think` about one prompt: yields the ids of the thought so far at each new one, and returns the outcome."""
         stops = (self.chat.tokenizer.im_end_id, self.chat.tokenizer.pad_id)
         rows = [prompt] * batch_parts(self.mesh)
-        tokens, lengths = put_batch(self.mesh, pad(rows, self._width(len(prompt))))
+        tokens, lengths = put_batch(self.mesh, pad(rows, self.padded_width(len(prompt))))
         ends = {"embed_id": self.chat.tokenizer.embed_id, "stop_ids": stops}
         with jax.set_mesh(self.mesh):
             state = begin(params, tokens, lengths, config=self.model, max_new=self.max_new)
@@ -118,7 +118,10 @@ class Reader:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             filled = np.resize(chosen, size)  # with rows that are there: they end when they end
-            batch = (*pad([prompts[i] for i in filled], self._width(len(prompts[chosen[-1]]))), filled.astype(np.int32))
+            batch = (
+                *pad([prompts[i] for i in filled], self.padded_width(len(prompts[chosen[-1]]))),
+                filled.astype(np.int32),
+            )
             with jax.set_mesh(self.mesh):
                 done = jax.device_get(
                     sample(
@@ -145,7 +148,7 @@ class Reader:
         """Unit vectors [N, D] of token rows that end with the embed token: `encode_rows`."""
         return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, on_rows=on_rows)
 
-    def _width(self, longest: int) -> int:
+    def padded_width(self, longest: int) -> int:
         """The padded length of a batch of prompts: few, for each compiles a decoding loop."""
         widest = bucket_of(self.chat.reasoning_extra + self.max_query)
         return min(widest, max(128, 1 << (longest - 1).bit_length()))
