@@ -23,7 +23,7 @@ from r3jax.serving.schema import Error, Health, embedding_request, search_reques
 log = logging.getLogger("r3jax")
 PAGE = pathlib.Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; " + (
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8"
 
