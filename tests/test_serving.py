@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import re
+import signal
 import threading
 
 import httpx2
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from r3jax import serve
 from r3jax.corpus import documents as stored
 from r3jax.corpus.saved_index import SavedIndex
 from r3jax.data import beir
@@ -21,6 +23,7 @@ from r3jax.serving import app, schema, server
 from r3jax.serving.limits import Limits
 from r3jax.serving.model import Served
 from tests import fixtures
+from tests.test_mistakes import complaint
 from tests.tiny_model import weights
 
 LIMITS = Limits(body_bytes=20_000, inputs=40, tokens=300, waiting=400, streams=1, hits=7, seconds=60)
@@ -63,14 +66,14 @@ def running(served, limits=LIMITS, key=None):
     """A server of its own, and its address."""
     socket = server.bind("127.0.0.1", 0)
     started = threading.Event()
-    running = server.Server(app.make_app(served, limits, key), limits, started.set)
-    thread = threading.Thread(target=running.run, args=([socket],))
+    http = server.Server(app.make_app(served, limits, key), limits, started.set)
+    thread = threading.Thread(target=http.run, args=([socket],))
     thread.start()
     assert started.wait(20)
     try:
         yield f"http://127.0.0.1:{socket.getsockname()[1]}"
     finally:
-        running.should_exit = True
+        http.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
 
@@ -173,13 +176,15 @@ def test_64_clients_at_once(client, model):
 def test_search(client, served, model, data, reasoning, stream):
     """The hits and the thought are those of SearchR3; a stream's pieces are the thought."""
     documents = model.encode_document(beir.load(data[0] / "data").doc_texts)
+    details = model.encode_query(texts_of(40), return_details=True)
+    ends, cut = (np.flatnonzero(details.emitted == told)[:2] for told in (True, False))
+    assert len(ends) and len(cut)  # both ways of ending are seen
     COMPILED.clear()
-    ended = set()
-    for query in ["please display the file twice", "how to zip", "sort keys remotely", "x"]:
+    for query in (texts_of(40)[i] or "x" for i in (*ends, *cut)):
         body = {"query": query, "reasoning": reasoning, "stream": stream, "k": 5}
         answer = client.post("/search", json=body)
         assert answer.status_code == 200
-        details = model.encode_query([query], reasoning=reasoning, return_details=True)
+        details = model.encode_query([query] * 2, reasoning=reasoning, return_details=True)
         pieces = None
         if stream:
             assert answer.headers["content-type"].startswith("text/event-stream")
@@ -196,9 +201,7 @@ def test_search(client, served, model, data, reasoning, stream):
         scores = documents @ details.vectors[0]
         assert [hit.id for hit in found.hits] == [f"d{i}" for i in np.argsort(-scores, kind="stable")[:5]]
         np.testing.assert_allclose([hit.score for hit in found.hits], np.sort(scores)[::-1][:5], atol=1e-5)
-        ended.add(found.emitted)
-    if reasoning:
-        assert ended == {True, False}  # both ways of ending were seen
+    assert COMPILED == []
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
@@ -263,7 +266,7 @@ def test_models_and_metrics(client):
     embed(client, ["one", "two"])
     said = client.get("/metrics").text
     assert 'r3jax_requests_total{path="/v1/embeddings",status="200"}' in said
-    assert "r3jax_waiting_rows 0.0" in said and 'path="other"' not in said.replace('path="other",status="404"', "")
+    assert "r3jax_waiting_rows 0.0" in said and 'path="/nothing"' not in said
 
 
 def test_the_page_loads_nothing(client):
@@ -360,3 +363,63 @@ def test_stopping_answers_what_was_taken(served):
     assert found[0][0] == 200 and len(found[0][1]["data"]) == 40
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{address}/healthz")
+
+
+DRAIN = """
+import asyncio, sys
+from r3jax.run.config import run_main
+from r3jax.serving import server
+from r3jax.serving.limits import Limits
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        for said in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{said}.complete"})
+        print("closed", flush=True)
+        return
+    print("asked", flush=True)
+    await asyncio.sleep(1)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+    await send({"type": "http.response.body", "body": b"done"})
+
+def main(argv):
+    socket = server.bind("127.0.0.1", 0)
+    started = lambda: print(socket.getsockname()[1], flush=True)
+    server.Server(app, Limits(), started).run([socket])
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_exits_with_0(number):
+    process = fixtures.run_python("-c", DRAIN)
+    port = int(process.stdout.readline())
+    found: list = []
+    asking = threading.Thread(target=lambda: found.append(httpx2.get(f"http://127.0.0.1:{port}/", timeout=20)))
+    asking.start()
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(number)
+    asking.join()
+    said, errors = process.communicate(timeout=20)
+    assert found[0].text == "done" and said == "closed\n"
+    assert process.returncode == 0 and errors == ""
+
+
+def test_mistakes_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    taken = server.bind("127.0.0.1", 0)
+    taken.listen()
+    port = taken.getsockname()[1]
+    (tmp_path / "empty").write_text("\n")
+    for argv, said in (
+        (["nowhere", "--port=0"], "MODEL names 'nowhere', which does not exist"),
+        (["nowhere", str(tmp_path), "--port=0"], "holds no encoded corpus"),
+        (["nowhere", f"--port={port}"], f"--port={port} cannot be bound"),
+        (["nowhere", "--port=70000"], "--port=70000 cannot be bound"),
+        (["nowhere", "--host=nobody.invalid"], "--host=nobody.invalid --port=8000 cannot be bound"),
+        (["nowhere", f"--api-key-file={tmp_path / 'nothing'}"], "--api-key-file: .*nothing cannot be read"),
+        (["nowhere", f"--api-key-file={tmp_path / 'empty'}"], "--api-key-file: .*empty holds no key"),
+    ):
+        assert re.search(said, complaint(serve.main, argv, monkeypatch, capsys))
+    taken.close()
