@@ -26,7 +26,7 @@ from tests import fixtures
 from tests.test_mistakes import complaint
 from tests.tiny_model import weights
 
-LIMITS = Limits(body_bytes=20_000, inputs=40, tokens=300, waiting=400, streams=1, hits=7, seconds=60)
+LIMITS = Limits(body_bytes=20_000, inputs=40, tokens=1000, waiting=400, streams=1, hits=7, seconds=60)
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None
@@ -41,10 +41,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(data):
-    """Random weights, under which some thoughts end in time."""
+    """Random weights, the embed token's row larger: some thoughts end in time."""
     _, parts = data
-    params = fixtures.placed(weights(parts.model), parts)
-    return SearchR3(params, parts.reader, parts.config.data.max_doc_tokens)
+    params = weights(parts.model)
+    params["embed"]["table"] = params["embed"]["table"].at[parts.chat.tokenizer.embed_id].multiply(3)
+    return SearchR3(fixtures.placed(params, parts), parts.reader, parts.config.data.max_doc_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ GOOD = {"model": "tiny:document", "input": "text"}
         ("/v1/embeddings", GOOD | {"model": "gpt"}, 404, "there is no model 'gpt'; it must be one of tiny:query"),
         ("/v1/embeddings", GOOD | {"model": None}, 404, "there is no model None"),
         ("/v1/embeddings", GOOD | {"dimension": 3}, 400, "there is no field dimension .did you mean dimensions?"),
-        ("/v1/embeddings", GOOD | {"\ud800": 3}, 400, "there is no field ."),
+        ("/v1/embeddings", GOOD | {"\ud800": 3}, 400, "the body must be a JSON object"),
         ("/v1/embeddings", GOOD | {"dimensions": 0}, 400, "dimensions must be a whole number from 1 to 32"),
         ("/v1/embeddings", GOOD | {"dimensions": "3"}, 400, "dimensions must be a whole number"),
         ("/v1/embeddings", GOOD | {"dimensions": 33}, 400, "dimensions must be a whole number"),
@@ -234,7 +235,12 @@ GOOD = {"model": "tiny:document", "input": "text"}
         ("/v1/embeddings", GOOD | {"input": [True]}, 400, "input must be a string"),
         ("/v1/embeddings", GOOD | {"input": [[5, 511]]}, 400, "input: token 511 is a control token"),
         ("/v1/embeddings", GOOD | {"input": ["ok", "\udc00"]}, 400, "input: a text holds half of a surrogate pair"),
-        ("/v1/embeddings", GOOD | {"input": "list " * 301}, 400, "input has .* tokens, 300 is the most of one request"),
+        (
+            "/v1/embeddings",
+            GOOD | {"input": "list " * 1001},
+            400,
+            "input has .* tokens, 1,000 is the most of one request",
+        ),
         ("/v1/embeddings", GOOD | {"input": "x" * 20_000}, 413, "the body is larger than 20,000 bytes"),
         ("/search", {"query": "  "}, 400, "query must be a string with a letter in it"),
         ("/search", {"query": "x", "k": 8}, 400, "k must be a whole number from 1 to 7"),
