@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
@@ -24,7 +25,7 @@ HALF = "\ufffd"  # how a character looks whose last bytes are not written yet
 def router(desk: Desk, problems: dict) -> APIRouter:
     """POST /search."""
     routes = APIRouter()
-    body_type, _ = schema.search_request(desk.served, desk.limits)
+    body_type: Any = schema.search_request(desk.served, desk.limits)[0]
     events = {"description": "With stream: server-sent events.", "schema": {"type": "string"}}
     good = {"model": schema.Answer, "content": {"text/event-stream": events}}
 

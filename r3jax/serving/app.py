@@ -72,7 +72,7 @@ def _add_small_routes(app: FastAPI, desk: Desk, problems: dict, locked: list) ->
         """Whether requests are taken."""
         return {"status": "ok"}
 
-    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text: dict = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses={**text, **problems}, dependencies=locked)
     async def metrics() -> PlainTextResponse:

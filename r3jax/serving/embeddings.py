@@ -5,6 +5,7 @@ import base64
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Response
@@ -19,7 +20,7 @@ CUT = "X-Cut-Inputs"  # header: how many of the texts were longer than the model
 def router(desk: Desk, problems: dict) -> APIRouter:
     """POST /v1/embeddings and GET /v1/models."""
     routes = APIRouter()
-    body_type, _ = embedding_request(desk.served, desk.limits)
+    body_type: Any = embedding_request(desk.served, desk.limits)[0]
     since = int(time.time())
     header = {CUT: {"description": "Inputs longer than the model reads, if any.", "schema": {"type": "integer"}}}
 

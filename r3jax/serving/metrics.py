@@ -1,6 +1,7 @@
 """Figures for Prometheus, of one server."""
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,7 +15,7 @@ class Metrics:
     def __init__(self, waiting: Callable[[], int]):
         """waiting: rows in the queue now."""
         self.registry = CollectorRegistry()
-        on = {"registry": self.registry}
+        on: Any = {"registry": self.registry}
         self.requests = Counter("r3jax_requests", "Requests answered.", ["path", "status"], **on)
         self.seconds = Histogram("r3jax_request_seconds", "From request to answer.", ["path"], buckets=BUCKETS, **on)
         self.batches = Histogram("r3jax_batch_rows", "Rows of a batch.", ["mode"], buckets=ROWS, **on)

@@ -53,7 +53,7 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
+        signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
         try:
             for s in signals:
                 loop.add_signal_handler(s, self.handle_exit, s, None)
