@@ -10,7 +10,7 @@ SOURCES := r3jax configs tests bench data
 
 # The stamps carry the requirements' checksum: changed requirements are installed, unchanged ones never again.
 RUN := .venv/.run-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
-DEV := .venv/.dev-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+DEV := .venv/.dev-$(shell cat requirements.txt requirements-serve.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-slow lint format seeds clean

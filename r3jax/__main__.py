@@ -17,6 +17,7 @@ VERBS = {
     "encode": "a corpus to vectors on disk; goes on where it was stopped",
     "index": "builds an index over encoded documents, adds to it, deletes from it",
     "search": "answers queries from an index, with the model's thought beside the hits",
+    "serve": "the model over HTTP: OpenAI's embeddings, search, and a page to try it",
     "evaluate": "scores a model on data sets, with controls and BM25 beside it",
     "compare": "two runs query by query: wins, losses, paired significance",
     "study": "re-runs a study of refresh policies, rewards, advantages or the contrastive weight",

@@ -5,14 +5,14 @@ Axes: Q queries, N rows, D width.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import jax
 import numpy as np
 
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sampler import sample
+from r3jax.model.sampler import advance, begin, sample
 from r3jax.model.sharding import batch_parts, put_batch
 from r3jax.text.prompts import ChatFormat
 
@@ -78,6 +78,33 @@ class Reader:
         tokens = np.array([sum(map(len, group)) for group in thoughts], np.int64)
         return Reasoned([group[0] for group in thoughts], _unit(_unit(vectors).mean(1)), emitted.mean(1), tokens)
 
+    def think_aloud(self, params, prompt: Sequence[int]) -> Generator[list[int], None, Reasoned]:
+        """`think` about one prompt: yields the ids of the thought so far at each new one, and returns the outcome."""
+        stops = (self.chat.tokenizer.im_end_id, self.chat.tokenizer.pad_id)
+        rows = [prompt] * batch_parts(self.mesh)
+        tokens, lengths = put_batch(self.mesh, pad(rows, self.prompt_width(len(prompt))))
+        ends = {"embed_id": self.chat.tokenizer.embed_id, "stop_ids": stops}
+        with jax.set_mesh(self.mesh):
+            state = begin(params, tokens, lengths, config=self.model, max_new=self.max_new)
+        thought: list[int] = []
+        done = False
+        while not done:
+            with jax.set_mesh(self.mesh):  # not around the yield: the caller's own mesh must be as it was
+                state = advance(params, state, lengths, config=self.model, **ends, count=1)
+                done, row, length = (
+                    x[0, 0] for x in jax.device_get((state.done, state.result.tokens, state.result.lengths))
+                )
+            written = _thought(row[:length].tolist(), done, stops)
+            if len(written) > len(thought):
+                thought = written
+                yield thought
+        emitted = bool(jax.device_get(state.result.emitted)[0, 0])
+        if emitted:
+            vectors = _unit(jax.device_get(state.result.embedding)[:1, 0])
+        else:
+            vectors = self.encode(params, [self.chat.direct_after([*prompt, *thought])])
+        return Reasoned([thought], vectors, np.array([float(emitted)]), np.array([len(thought)]))
+
     def _sample(self, params, prompts, count: int, on_rows):
         """Thoughts (ids, Q lists of `count`), the hidden states [Q, count, D] at their ends, and whether they ended."""
         tokenizer = self.chat.tokenizer
@@ -111,8 +138,7 @@ class Reader:
                 )
             for i, group, lengths in zip(chosen, done.tokens, done.lengths, strict=False):
                 for row, length in zip(group.tolist(), lengths, strict=True):
-                    thought = row[: length - 1]
-                    thoughts[i].append(thought[:-1] if thought and thought[-1] in stops else thought)
+                    thoughts[i].append(_thought(row[:length], True, stops))
             vectors[chosen] = done.embedding[: len(chosen)]
             emitted[chosen] = done.emitted[: len(chosen)]
             on_rows(len(chosen))
@@ -126,6 +152,12 @@ class Reader:
         """The padded length of a batch of prompts: few, for each compiles a decoding loop."""
         widest = bucket_of(self.chat.reasoning_extra + self.max_query)
         return min(widest, max(128, 1 << (longest - 1).bit_length()))
+
+
+def _thought(row: list[int], done: bool, stops: Sequence[int]) -> list[int]:
+    """What a model has written, without the embed token at the end (if it is `done`) and the stop before it."""
+    thought = row[:-1] if done else row
+    return thought[:-1] if thought and thought[-1] in stops else thought
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ comes, the embed token is forced: the row then has an embedding, but `emitted` i
 has no log-probability and no place in the loss mask.
 
 Noise is folded from (key, prompt id, sample id, position), so a row's text does not depend on its batch.
+`begin` and `advance` are the greedy loop in pieces, for whoever shows a text while it is written.
 Axes: B prompts, G samples per prompt, T new tokens, P prompt length, D width, V vocab.
 """
 
@@ -78,13 +79,52 @@ def sample(
     prompts are right-padded; arrays on a mesh want `jax.set_mesh` of it around the call. temperature 0 is
     greedy; its log-probabilities are those at temperature 1.
     """
+    state = _first(params, prompts, prompt_lengths, config, group, max_new)
+    keys = jax.vmap(lambda p: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, p), g))(jnp.arange(group)))(
+        prompt_ids
+    )
+    ends = (embed_id, stop_ids)
+    step = partial(_step, unstack(params, config), config, prompt_lengths, ends, temperature=temperature, keys=keys)
+    return jax.lax.while_loop(_going(max_new), step, state).result
+
+
+@partial(jax.jit, static_argnames=("config", "max_new"))
+def begin(
+    params, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], *, config: ModelConfig, max_new: int
+) -> SamplingState:
+    """The state after the prompts are read, for `advance`: one sample of each, of which nothing is written yet."""
+    return _first(params, prompts, prompt_lengths, config, 1, max_new)
+
+
+@partial(jax.jit, static_argnames=("config", "embed_id", "stop_ids", "count"), donate_argnames=("state",))
+def advance(
+    params,
+    state: SamplingState,
+    prompt_lengths: Int[Array, "B"],
+    *,
+    config: ModelConfig,
+    embed_id: int,
+    stop_ids: tuple[int, ...],
+    count: int,
+) -> SamplingState:
+    """At most `count` more tokens, greedily: until every row has ended, as `sample` at temperature 0. Takes `state`."""
+    step = partial(_step, unstack(params, config), config, prompt_lengths, (embed_id, stop_ids))
+    last = jnp.minimum(state.slot + count, state.result.tokens.shape[2])
+    return jax.lax.while_loop(_going(last), step, state)
+
+
+def _going(last):
+    """Whether there is a row to write on, up to slot `last`."""
+    return lambda s: (s.slot < last) & ~jnp.all(s.done)
+
+
+def _first(params, prompts, prompt_lengths, config: ModelConfig, group: int, max_new: int) -> SamplingState:
+    """Reads the prompts, each once for its group."""
     batch = prompts.shape[0]
     positions, valid = right_padded(prompt_lengths, prompts.shape[1])
     prefill: Any = Decoder(config).apply({"params": params}, prompts, positions, valid)
     hidden, (k, v) = prefill
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
-    params = unstack(params, config)
-    rows = P(BATCH, None)
 
     def full(shape, value, dtype):
         x = jnp.full(shape, value, dtype)
@@ -102,11 +142,8 @@ def sample(
         new_k=tuple(empty() for _ in layers),
         new_v=tuple(empty() for _ in layers),
     )
-    keys = jax.vmap(lambda p: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, p), g))(jnp.arange(group)))(
-        prompt_ids
-    )
     width = config.width
-    state = SamplingState(
+    return SamplingState(
         slot=jnp.zeros((), jnp.int32),
         hidden=place(jnp.broadcast_to(last, (batch, group, width)), P(BATCH, None, None)),
         done=full((batch, group), False, bool),
@@ -122,41 +159,47 @@ def sample(
         ),
     )
 
-    def step(s: SamplingState) -> SamplingState:
-        z = logits(params, config, s.hidden)
-        # Sampling looks at whole rows of the vocabulary: gather the split one first.
-        log_probs = jax.nn.log_softmax(place(z, P(BATCH, None, None)) / (temperature or 1.0))
-        if temperature:
-            slot_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, s.slot)
-            token = jax.vmap(jax.vmap(_draw))(slot_keys, log_probs).astype(jnp.int32)
-        else:
-            token = log_probs.argmax(-1).astype(jnp.int32)
-        logp = jnp.take_along_axis(log_probs, token[..., None], -1)[..., 0]
-        forced = s.closing | ((s.slot == max_new - 1) & (token != embed_id))
-        token = jnp.where(forced, embed_id, token)
-        live = ~s.done
-        sampled = live & ~forced
-        r = s.result
-        put = partial(jax.lax.dynamic_update_index_in_dim, index=s.slot, axis=2)
-        r = r.replace(
-            tokens=put(r.tokens, jnp.where(live, token, 0)),
-            logp=put(r.logp, jnp.where(sampled, logp, 0.0)),
-            mask=put(r.mask, sampled),
-            lengths=r.lengths + live,
-        )
-        position = place(prompt_lengths[:, None] + s.slot + jnp.zeros((1, group), jnp.int32), rows)
-        hidden, cache = decode_step(params, config, token, position, s.cache, s.slot)
-        ended = live & (token == embed_id)
-        r = r.replace(
-            emitted=r.emitted | (ended & ~forced),
-            embedding=jnp.where(ended[..., None], hidden.astype(jnp.float32), r.embedding),
-        )
-        stop = jnp.isin(token, jnp.asarray(stop_ids)) if stop_ids else jnp.zeros_like(live)
-        return s.replace(
-            slot=s.slot + 1, hidden=hidden, done=s.done | ended, closing=live & stop, cache=cache, result=r
-        )
 
-    def going(s: SamplingState):
-        return (s.slot < max_new) & ~jnp.all(s.done)
-
-    return jax.lax.while_loop(going, step, state).result
+def _step(
+    params,
+    config: ModelConfig,
+    prompt_lengths,
+    ends: tuple[int, tuple[int, ...]],
+    s: SamplingState,
+    *,
+    temperature: float = 0.0,
+    keys=None,
+) -> SamplingState:
+    """One token more for each sample. `params` as `unstack` returns them; `ends`: the embed token and the stops."""
+    embed_id, stop_ids = ends
+    _, group, max_new = s.result.tokens.shape
+    z = logits(params, config, s.hidden)
+    # Sampling looks at whole rows of the vocabulary: gather the split one first.
+    log_probs = jax.nn.log_softmax(place(z, P(BATCH, None, None)) / (temperature or 1.0))
+    if temperature:
+        slot_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, s.slot)
+        token = jax.vmap(jax.vmap(_draw))(slot_keys, log_probs).astype(jnp.int32)
+    else:
+        token = log_probs.argmax(-1).astype(jnp.int32)
+    logp = jnp.take_along_axis(log_probs, token[..., None], -1)[..., 0]
+    forced = s.closing | ((s.slot == max_new - 1) & (token != embed_id))
+    token = jnp.where(forced, embed_id, token)
+    live = ~s.done
+    sampled = live & ~forced
+    r = s.result
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=s.slot, axis=2)
+    r = r.replace(
+        tokens=put(r.tokens, jnp.where(live, token, 0)),
+        logp=put(r.logp, jnp.where(sampled, logp, 0.0)),
+        mask=put(r.mask, sampled),
+        lengths=r.lengths + live,
+    )
+    position = place(prompt_lengths[:, None] + s.slot + jnp.zeros((1, group), jnp.int32), P(BATCH, None))
+    hidden, cache = decode_step(params, config, token, position, s.cache, s.slot)
+    ended = live & (token == embed_id)
+    r = r.replace(
+        emitted=r.emitted | (ended & ~forced),
+        embedding=jnp.where(ended[..., None], hidden.astype(jnp.float32), r.embedding),
+    )
+    stop = jnp.isin(token, jnp.asarray(stop_ids)) if stop_ids else jnp.zeros_like(live)
+    return s.replace(slot=s.slot + 1, hidden=hidden, done=s.done | ended, closing=live & stop, cache=cache, result=r)

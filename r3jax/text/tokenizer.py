@@ -73,6 +73,11 @@ class Tokenizer:
         """Whether texts are read in lower case."""
         return self.encode("A") == self.encode("a")
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of all control tokens, which `encode` never yields."""
+        return frozenset(i for i, token in self._inner.get_added_tokens_decoder().items() if token.special)
+
     def to_json(self) -> str:
         """The content of its tokenizer.json."""
         return self._inner.to_str(pretty=True)

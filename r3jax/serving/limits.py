@@ -1,0 +1,16 @@
+"""What one client may ask of the server, so that it answers the others too."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Whoever asks for more gets 4xx (or 503 where waiting helps) and one sentence."""
+
+    body_bytes: int = 16 << 20
+    inputs: int = 2048  # of one request, as OpenAI's
+    tokens: int = 300_000  # of one request, before texts are cut; as OpenAI's
+    waiting: int = 16_384  # rows in the queue, of all requests
+    streams: int = 8  # thoughts that are told at the same time
+    hits: int = 100  # of one search
+    seconds: float = 120.0  # from the first byte to the answer

@@ -1,0 +1,431 @@
+"""The server on a tiny model: what it answers over HTTP, to many at once, and how it refuses."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import re
+import signal
+import threading
+
+import httpx2
+import jax
+import numpy as np
+import pytest
+
+from r3jax import serve
+from r3jax.corpus import documents as stored
+from r3jax.corpus.saved_index import SavedIndex
+from r3jax.data import beir
+from r3jax.search.index import VersionedIndex
+from r3jax.search_r3 import SearchR3
+from r3jax.serving import app, schema, server
+from r3jax.serving.limits import Limits
+from r3jax.serving.model import Served
+from tests import fixtures
+from tests.test_mistakes import complaint
+from tests.tiny_model import weights
+
+LIMITS = Limits(body_bytes=20_000, inputs=40, tokens=1000, waiting=400, streams=1, hits=7, seconds=60)
+COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serving")
+    return folder, fixtures.parts(folder, prompts__direct_system="Represent.", prompts__reasoning_system="Think.")
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    """Random weights, the embed token's row larger: some thoughts end in time."""
+    _, parts = data
+    params = weights(parts.model)
+    params["embed"]["table"] = params["embed"]["table"].at[parts.chat.tokenizer.embed_id].multiply(3)
+    return SearchR3(fixtures.placed(params, parts), parts.reader, parts.config.data.max_doc_tokens)
+
+
+@pytest.fixture(scope="module")
+def served(data, model):
+    folder, parts = data
+    texts = beir.load(folder / "data").doc_texts
+    (folder / "index").mkdir()
+    stored.write(((f"d{i}", text) for i, text in enumerate(texts)), folder / "index")
+    index = VersionedIndex.build(model.encode_document(texts), 0, "exact")
+    found_in = SavedIndex(folder, index, stored.StoredDocuments(folder / "index"), {})
+    served = Served("tiny", model.params, model.reader, model.max_document, True, found_in)
+    for step in served.warming(LIMITS.hits):
+        step()
+    return served
+
+
+@contextlib.contextmanager
+def running(served, limits=LIMITS, key=None):
+    """A server of its own, and its address."""
+    socket = server.bind("127.0.0.1", 0)
+    started = threading.Event()
+    http = server.Server(app.make_app(served, limits, key), limits, started.set)
+    thread = threading.Thread(target=http.run, args=([socket],))
+    thread.start()
+    assert started.wait(20)
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    finally:
+        http.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with running(served) as address, httpx2.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+def texts_of(count: int) -> list[str]:
+    """Of other lengths, some longer than the model reads."""
+    words = fixtures.VERBS + fixtures.NOUNS + fixtures.PLACES
+    rng = np.random.default_rng(1)
+    return [" ".join(rng.choice(words, size=rng.integers(0, 16))) for _ in range(count)]
+
+
+def embed(client, texts, mode="document", **fields):
+    answer = client.post("/v1/embeddings", json={"model": f"tiny:{mode}", "input": texts, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def vectors(answer):
+    found = schema.Embeddings.model_validate(answer.json()).data
+    assert [e.index for e in found] == list(range(len(found)))
+    return np.array([e.embedding for e in found], np.float32)
+
+
+def wanted(model, texts, mode):
+    if mode == "document":
+        return model.encode_document(texts)
+    return model.encode_query(texts, reasoning=mode == "query")
+
+
+@pytest.mark.parametrize("mode", ["query", "query-direct", "document"])
+def test_vectors_are_search_r3s(client, model, mode):
+    texts = texts_of(40)
+    np.testing.assert_allclose(vectors(embed(client, texts, mode)), wanted(model, texts, mode), atol=1e-5)
+    alone = vectors(embed(client, texts[3], mode))
+    np.testing.assert_allclose(alone, wanted(model, texts[3:4], mode), atol=1e-5)
+
+
+def test_forms_of_input_and_output(client, model):
+    texts = ["list files", "delete the folder"]
+    right = model.encode_document(texts)
+    ids = model.reader.chat.tokens(texts)
+    np.testing.assert_allclose(vectors(embed(client, ids)), right, atol=1e-5)
+    np.testing.assert_allclose(vectors(embed(client, ids[1])), right[1:], atol=1e-5)
+    answer = embed(client, texts, encoding_format="base64", dimensions=5, user="me").json()
+    raw = [np.frombuffer(base64.b64decode(e["embedding"]), "<f4") for e in answer["data"]]
+    np.testing.assert_allclose(raw, model.encode_document(texts, truncate_dim=5), atol=1e-5)
+    assert answer["usage"] == {"prompt_tokens": sum(map(len, ids)), "total_tokens": sum(map(len, ids))}
+    assert answer["model"] == "tiny:document"
+
+
+def test_usage_and_cut_texts(client, model):
+    long = " ".join(fixtures.VERBS)
+    answer = embed(client, [long, "list"], "query")
+    found = model.encode_query([long, "list"], return_details=True)
+    read = model.reader.max_query + len(model.reader.chat.tokens(["list"])[0])
+    usage = answer.json()["usage"]
+    assert usage["prompt_tokens"] == read and found.truncated.tolist() == [True, False]
+    assert read < usage["total_tokens"] <= read + 2 * model.reader.max_new
+    assert answer.headers["X-Cut-Inputs"] == "1"
+    assert "X-Cut-Inputs" not in embed(client, "list", "query").headers
+
+
+def test_64_clients_at_once(client, model):
+    """Of all modes, some with several texts: nobody gets another's vector, nothing is compiled, batches are shared."""
+    texts = texts_of(64)
+    modes = ["query", "query-direct", "document"]
+    asks = [(modes[i % 3], texts[i : i + 1 + i % 4]) for i in range(64)]
+    right = {mode: wanted(model, texts, mode) for mode in modes}
+
+    async def ask(http, mode, asked):
+        answer = await http.post("/v1/embeddings", json={"model": f"tiny:{mode}", "input": asked})
+        return vectors(answer)
+
+    async def everyone():
+        limits = httpx2.Limits(max_connections=64)
+        async with httpx2.AsyncClient(base_url=client.base_url, timeout=60, limits=limits) as http:
+            return await asyncio.gather(*(ask(http, mode, asked) for mode, asked in asks))
+
+    def batches():
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith("r3jax_batch_rows_count"))
+
+    before = batches()
+    COMPILED.clear()
+    found = asyncio.run(everyone())
+    assert COMPILED == []
+    assert batches() - before < 40
+    for i, (mode, asked) in enumerate(asks):
+        np.testing.assert_allclose(found[i], right[mode][i : i + len(asked)], atol=1e-5)
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_search(client, served, model, data, reasoning, stream):
+    """The hits and the thought are those of SearchR3; a stream's pieces are the thought."""
+    documents = model.encode_document(beir.load(data[0] / "data").doc_texts)
+    details = model.encode_query(texts_of(40), return_details=True)
+    ends, cut = (np.flatnonzero(details.emitted == told)[:2] for told in (True, False))
+    assert len(ends) and len(cut)  # both ways of ending are seen
+    COMPILED.clear()
+    for query in (texts_of(40)[i] or "x" for i in (*ends, *cut)):
+        body = {"query": query, "reasoning": reasoning, "stream": stream, "k": 5}
+        answer = client.post("/search", json=body)
+        assert answer.status_code == 200
+        details = model.encode_query([query] * 2, reasoning=reasoning, return_details=True)
+        pieces = None
+        if stream:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            events = [e.split("\n") for e in answer.text.split("\n\n")[:-1]]
+            *told, (name, last) = [(kind[7:], json.loads(data[6:])) for kind, data in events]
+            assert name == "answer" and {kind for kind, _ in told} <= {"thought"}
+            pieces = "".join(event["text"] for _, event in told)
+        else:
+            last = answer.json()
+        found = schema.Answer.model_validate(last)
+        assert found.thought == (details.thoughts[0] if reasoning else None)
+        if pieces is not None:
+            assert (found.thought or "").startswith(pieces) and (len(told) > 1 or not reasoning or len(pieces) < 2)
+        scores = documents @ details.vectors[0]
+        assert [hit.id for hit in found.hits] == [f"d{i}" for i in np.argsort(-scores, kind="stable")[:5]]
+        np.testing.assert_allclose([hit.score for hit in found.hits], np.sort(scores)[::-1][:5], atol=1e-5)
+    assert COMPILED == []
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+GOOD = {"model": "tiny:document", "input": "text"}
+
+
+@pytest.mark.parametrize(
+    "path, body, status, said",
+    [
+        ("/v1/embeddings", b"{", 400, "the body is not JSON"),
+        ("/v1/embeddings", b'{"input": "\xff"}', 400, "the body cannot be read as JSON in UTF-8"),
+        ("/v1/embeddings", b"[" * 9000, 400, "the body cannot be read as JSON"),
+        ("/v1/embeddings", b'{"input": ' + b"1" * 5000 + b"}", 400, "the body cannot be read as JSON"),
+        ("/v1/embeddings", b"", 400, "the body must be a JSON object"),
+        ("/v1/embeddings", [1], 400, "the body must be a JSON object"),
+        ("/v1/embeddings", {"input": "text"}, 400, "model is missing; it must be one of tiny:query, tiny:query-direct"),
+        ("/v1/embeddings", GOOD | {"model": "gpt"}, 404, "there is no model 'gpt'; it must be one of tiny:query"),
+        ("/v1/embeddings", GOOD | {"model": None}, 404, "there is no model None"),
+        ("/v1/embeddings", GOOD | {"dimension": 3}, 400, "there is no field dimension .did you mean dimensions?"),
+        ("/v1/embeddings", GOOD | {"\ud800": 3}, 400, "the body must be a JSON object"),
+        ("/v1/embeddings", GOOD | {"dimensions": 0}, 400, "dimensions must be a whole number from 1 to 32"),
+        ("/v1/embeddings", GOOD | {"dimensions": "3"}, 400, "dimensions must be a whole number"),
+        ("/v1/embeddings", GOOD | {"dimensions": 33}, 400, "dimensions must be a whole number"),
+        ("/v1/embeddings", GOOD | {"encoding_format": "int8"}, 400, "encoding_format must be float or base64"),
+        ("/v1/embeddings", GOOD | {"input": []}, 400, "input must be a string, a list of 1 to 40 strings"),
+        ("/v1/embeddings", GOOD | {"input": ["x"] * 41}, 400, "input must be a string, a list of 1 to 40 strings"),
+        ("/v1/embeddings", GOOD | {"input": ["x", 1]}, 400, "input must be a string"),
+        ("/v1/embeddings", GOOD | {"input": [[]]}, 400, "input must be a string"),
+        ("/v1/embeddings", GOOD | {"input": [512]}, 400, "a list of token ids from 0 to 511"),
+        ("/v1/embeddings", GOOD | {"input": [True]}, 400, "input must be a string"),
+        ("/v1/embeddings", GOOD | {"input": [[5, 511]]}, 400, "input: token 511 is a control token"),
+        ("/v1/embeddings", GOOD | {"input": ["ok", "\udc00"]}, 400, "input: a text holds half of a surrogate pair"),
+        (
+            "/v1/embeddings",
+            GOOD | {"input": "list " * 1001},
+            400,
+            "input has .* tokens, 1,000 is the most of one request",
+        ),
+        ("/v1/embeddings", GOOD | {"input": "x" * 20_000}, 413, "the body is larger than 20,000 bytes"),
+        ("/search", {"query": "  "}, 400, "query must be a string with a letter in it"),
+        ("/search", {"query": "x", "k": 8}, 400, "k must be a whole number from 1 to 7"),
+        ("/search", {"query": "x", "reasonning": True}, 400, "did you mean reasoning?"),
+        ("/search", {"query": "x", "reasoning": "yes"}, 400, "reasoning must be true or false"),
+        ("/nothing", {}, 404, "there is no /nothing; /openapi.json says what there is"),
+        ("/v1/models", {}, 405, "/v1/models does not take POST"),
+    ],
+)
+def test_refusals(client, path, body, status, said):
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    answer = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status, answer.text
+    message = schema.Error.model_validate(answer.json()).error.message
+
+    assert re.search(said, message), message
+    assert message.endswith(".") and "\n" not in message
+
+
+def test_other_content_types_are_refused(client):
+    """A page of another origin could send them without asking."""
+    answer = client.post("/search", content='{"query": "x"}', headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_models_and_metrics(client):
+    found = client.get("/v1/models").json()
+    assert [m["id"] for m in found["data"]] == ["tiny:query", "tiny:query-direct", "tiny:document"]
+    embed(client, ["one", "two"])
+    said = client.get("/metrics").text
+    assert 'r3jax_requests_total{path="/v1/embeddings",status="200"}' in said
+    assert "r3jax_waiting_rows 0.0" in said and 'path="/nothing"' not in said
+
+
+def test_the_page_loads_nothing(client):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert not any(word in page.text for word in ("http://", "https://", " src=", "@import", "url("))
+
+
+def test_the_schema_is_of_this_model(client):
+    said = client.get("/openapi.json").json()
+    fields = said["components"]["schemas"]["EmbeddingRequest"]["properties"]
+    assert fields["model"]["enum"] == ["tiny:query", "tiny:query-direct", "tiny:document"]
+    assert fields["dimensions"]["anyOf"][0]["maximum"] == 32
+    text, texts, ids, several = fields["input"]["anyOf"]
+    assert texts["maxItems"] == several["maxItems"] == 40
+    assert ids["items"]["maximum"] == 511 and 511 in ids["items"]["not"]["enum"]
+    for path in said["paths"].values():
+        for operation in path.values():
+            assert "422" not in operation["responses"]
+    assert "security" not in said["paths"]["/v1/models"]["get"]
+
+
+def test_a_key(served):
+    with running(served, key="secret") as address, httpx2.Client(base_url=address, timeout=60) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/search"), ("GET", "/x")):
+                answer = client.request(method, path, headers=headers)
+                assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+                assert "send Authorization: Bearer KEY" in answer.json()["error"]["message"]
+        assert client.get("/").status_code == client.get("/healthz").status_code == 200
+        client.headers["Authorization"] = "Bearer secret"
+        assert len(client.get("/v1/models").json()["data"]) == 3
+        said = client.get("/openapi.json").json()
+        assert said["paths"]["/v1/models"]["get"]["security"] == [{"HTTPBearer": []}]
+
+
+class Slow(Served):
+    """Reads only when it is told to."""
+
+    def __init__(self, served):
+        self.__dict__.update(served.__dict__)
+        self.go, self.begun = threading.Event(), threading.Event()
+
+    def read(self, think, rows):
+        self.begun.set()
+        assert self.go.wait(20)
+        return super().read(think, rows)
+
+
+def ask(address, body, found):
+    answer = httpx2.post(f"{address}/v1/embeddings", json=body, timeout=60)
+    found.append((answer.status_code, answer.json()))
+
+
+def test_a_full_queue_and_a_late_answer(served):
+    slow = Slow(served)
+    limits = Limits(waiting=2, seconds=2.0)
+    found: list = []
+    with running(slow, limits) as address:
+        first = threading.Thread(target=ask, args=(address, GOOD, found))
+        first.start()
+        assert slow.begun.wait(20)
+        ask(address, GOOD | {"input": ["a", "b", "c"]}, found)
+        assert found[0][0] == 503 and "too many texts are waiting" in found[0][1]["error"]["message"]
+        first.join()
+        assert found[1][0] == 503 and "not done within 2 s" in found[1][1]["error"]["message"]
+        slow.go.set()
+        ask(address, GOOD, found)
+        assert found[2][0] == 200
+        gone = httpx2.post(f"{address}/v1/embeddings", content=iter([b"{"] * 30), timeout=60)
+        assert gone.status_code == 400
+
+
+def test_without_an_index_or_a_head(served, model):
+    bare = Served("bare", model.params, model.reader, model.max_document, False, None)
+    with running(bare) as address, httpx2.Client(base_url=address, timeout=60) as client:
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["bare:query-direct", "bare:document"]
+        answer = client.post("/search", json={"query": "x"})
+        assert answer.status_code == 404 and "start it with an INDEX" in answer.json()["error"]["message"]
+        assert "/search" not in client.get("/openapi.json").json()["paths"]
+
+
+def test_stopping_answers_what_was_taken(served):
+    """A request that is being read when the server is told to stop is answered; new ones find nobody."""
+    slow = Slow(served)
+    found: list = []
+    with running(slow) as address:
+        asking = threading.Thread(target=ask, args=(address, GOOD | {"input": ["a"] * 40}, found))
+        asking.start()
+        assert slow.begun.wait(20)
+        threading.Timer(0.5, slow.go.set).start()
+    asking.join()
+    assert found[0][0] == 200 and len(found[0][1]["data"]) == 40
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{address}/healthz")
+
+
+DRAIN = """
+import asyncio, sys
+from r3jax.run.config import run_main
+from r3jax.serving import server
+from r3jax.serving.limits import Limits
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        for said in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{said}.complete"})
+        print("closed", flush=True)
+        return
+    print("asked", flush=True)
+    await asyncio.sleep(1)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+    await send({"type": "http.response.body", "body": b"done"})
+
+def main(argv):
+    socket = server.bind("127.0.0.1", 0)
+    started = lambda: print(socket.getsockname()[1], flush=True)
+    server.Server(app, Limits(), started).run([socket])
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_exits_with_0(number):
+    process = fixtures.run_python("-c", DRAIN)
+    port = int(process.stdout.readline())
+    found: list = []
+    asking = threading.Thread(target=lambda: found.append(httpx2.get(f"http://127.0.0.1:{port}/", timeout=20)))
+    asking.start()
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(number)
+    asking.join()
+    said, errors = process.communicate(timeout=20)
+    assert found[0].text == "done" and said == "closed\n"
+    assert process.returncode == 0 and errors == ""
+
+
+def test_mistakes_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    taken = server.bind("127.0.0.1", 0)
+    taken.listen()
+    port = taken.getsockname()[1]
+    (tmp_path / "empty").write_text("\n")
+    for argv, said in (
+        (["nowhere", "--port=0"], "MODEL names 'nowhere', which does not exist"),
+        (["nowhere", str(tmp_path), "--port=0"], "holds no encoded corpus"),
+        (["nowhere", f"--port={port}"], f"--port={port} cannot be bound"),
+        (["nowhere", "--port=70000"], "--port=70000 cannot be bound"),
+        (["nowhere", "--host=nobody.invalid"], "--host=nobody.invalid --port=8000 cannot be bound"),
+        (["nowhere", f"--api-key-file={tmp_path / 'nothing'}"], "--api-key-file: .*nothing cannot be read"),
+        (["nowhere", f"--api-key-file={tmp_path / 'empty'}"], "--api-key-file: .*empty holds no key"),
+    ):
+        assert re.search(said, complaint(serve.main, argv, monkeypatch, capsys))
+    taken.close()
