@@ -94,6 +94,11 @@ class Served:
     def warming(self, most: int) -> list[Callable[[], Any]]:
         """What to call so that no request compiles anything, whatever its length; searches ask for `most` hits."""
         steps: list[Callable[[], Any]] = []
+
+        def told(row: list[int]) -> None:
+            for _ in self.read_aloud(row):
+                pass
+
         first, last = self.chat.direct_extra, self.chat.direct_extra + max(self.one.max_query, self.max_document)
         shortest, longest = self.chat.reasoning_extra, self.chat.reasoning_extra + self.one.max_query
         if self.thinks:  # a thought that does not end in time is read with the direct answer after it
@@ -106,7 +111,7 @@ class Served:
                 for n in {reader.prompt_width(n): n for n in range(shortest, longest + 1)}.values():
                     steps.append(partial(reader.think, self.params, [filler * n]))
                     if reader is self.one:
-                        steps.append(lambda n=n: list(self.read_aloud(filler * n)))
+                        steps.append(partial(told, filler * n))
         if self.found_in is not None:
             steps.append(partial(self.hits, np.eye(1, self.width, dtype=np.float32)[0], 1, most))
         return steps
