@@ -169,8 +169,11 @@ def test_search_for_people(index, folder, model, monkeypatch, capsys):
 def test_bytes_on_the_standard_input_that_are_no_text(index, monkeypatch, capsys):
     for errors in ("strict", "surrogateescape"):  # the second in a locale without an encoding
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
-        said = complaint(dispatcher.main, ["search", str(index), "--no-reasoning", "--k=1"], monkeypatch, capsys)
-        assert "the standard input is not UTF-8 text" in said
+        monkeypatch.setattr("sys.argv", ["r3jax", "search", str(index), "--no-reasoning", "--k=1"])
+        with pytest.raises(SystemExit) as exit_:
+            run_config.run_main(dispatcher.main)
+        said = capsys.readouterr().err
+        assert exit_.value.code == 2 and "the standard input is not UTF-8 text" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("flags", [[], ["--reasoning", "--sources=model", "--negatives=3"]])
