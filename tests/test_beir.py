@@ -85,6 +85,13 @@ def test_a_bad_line_is_named_in_strict_and_dropped_in_skip(folder, name, lines, 
     assert (data.doc_texts, data.query_texts, data.qrels) == (good.doc_texts, good.query_texts, good.qrels)
 
 
+@pytest.mark.parametrize(("name", "what"), [("corpus.jsonl", "document"), ("queries.jsonl", "query")])
+def test_an_empty_file_is_named_before_the_judgements_that_miss_it(folder, name, what):
+    write(folder, name, [])
+    with pytest.raises(UserError, match=f"{name} holds no usable {what}; add at least one line"):
+        beir.load(folder)
+
+
 def test_bytes_that_are_not_utf8(folder):
     (folder / "corpus.jsonl").write_bytes(b'{"_id": "d1", "text": "caf\xe9"}\n' + CORPUS[1].encode())
     with pytest.raises(UserError, match="corpus.jsonl:1: not UTF-8"):

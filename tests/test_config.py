@@ -1,5 +1,6 @@
 """Configs: overrides take the type of what they replace; every mistake is one sentence and exit code 2."""
 
+import errno
 import json
 import pathlib
 
@@ -296,3 +297,16 @@ def test_all_loss_weights_zero(good):
         configs.validate(good)
     good.sft.steps = 0
     configs.validate(good)
+
+
+def test_a_full_disk_is_one_sentence_and_other_errors_keep_their_trace(tmp_path, capsys):
+    def write(code):
+        raise OSError(code, "", str(tmp_path / "file"))
+
+    with pytest.raises(SystemExit) as exit_:
+        configs.run_main(lambda argv: write(errno.ENOSPC))
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"error: No space left on device at {tmp_path}/file; make room and give the same command again.\n"
+    with pytest.raises(OSError, match="file"):
+        configs.run_main(lambda argv: write(errno.EIO))

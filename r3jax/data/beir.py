@@ -92,13 +92,13 @@ def load(folder: str | pathlib.Path, *, on_error: str = "strict") -> Dataset:
     reader = LineReader(strict=on_error == "strict")
     docs = _read_texts(reader, corpus, "document", titled=True)
     asked = _read_texts(reader, queries, "query", titled=False)
+    for what, found, file in (("document", docs, corpus), ("query", asked, queries)):
+        if not found:
+            raise UserError(f"{file} holds no usable {what}; add at least one line.")
     qrels = {path.stem: _read_qrels(reader, path, docs, asked) for path in qrel_files}
     thoughts_file = folder / "thoughts.jsonl"
     thoughts = _read_thoughts(reader, thoughts_file, asked) if thoughts_file.exists() else {}
 
-    for what, found, file in (("document", docs, corpus), ("query", asked, queries)):
-        if not found:
-            raise UserError(f"{file} holds no usable {what}; add at least one line.")
     for split, path in zip(qrels, qrel_files, strict=True):
         if not any(grade > 0 for judged in qrels[split].values() for grade in judged.values()):
             raise UserError(f"{path} names no relevant document (score > 0); add judgements or delete the file.")

@@ -10,6 +10,7 @@ the type of the value that it replaces. Every mistake is a UserError: one senten
 import ast
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import inspect
 import json
@@ -195,9 +196,12 @@ def load_saved(path: pathlib.Path | str) -> ConfigDict:
     return ConfigDict(_tuples(saved)).lock()
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk says that takes no more
+
+
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs an entry point on sys.argv: exit 0; 2 with one sentence for a UserError; 130 for Ctrl-C; 141 where
-    nobody reads the output any more.
+    """Runs an entry point on sys.argv: exit 0; 2 with one sentence for a UserError or a disk that is full; 130 for
+    Ctrl-C; 141 where nobody reads the output any more.
 
     Anything else is a bug and keeps its trace.
     """
@@ -211,6 +215,12 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         sys.exit(141)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        where = f" at {e.filename}" if e.filename else ""
+        print(f"error: {os.strerror(e.errno)}{where}; make room and give the same command again.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
