@@ -61,8 +61,8 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
         }
         begun = [name for name in plan if checkpointers[name].latest() is not None]
         log = None
+        guard = CollapseGuard(**config.evaluate.collapse)
         for i, name in enumerate(plan):
-            guard = CollapseGuard(**config.evaluate.collapse)
             if name in begun[:-1]:
                 continue
             if name in begun:
@@ -205,8 +205,7 @@ def run_stage(
                     log.write(stage.name, step, {f"eval/{name}": value for name, value in scores.items()})
                     progress.update(step, {"validation " + weights.BEST_KEY: scores[weights.BEST_KEY]})
                     ability = scores.get("ability_kl")
-                    if stage.name == "rl":
-                        guard.see(scores)
+                    guard.see(scores, judge=stage.name == "rl")
                 crossed = ability is not None and 0 < config.evaluate.max_ability_kl < ability
                 meta = {
                     "data": stage.stream_state(),

@@ -31,6 +31,12 @@ def test_only_low_ones_in_a_row_are_a_collapse():
     assert seen(CollapseGuard(1, 0.5, 0.5), (0.4, 1), (0.3, 1), (0.21, 1), (0.19, 1)) == [False, False, False, True]
 
 
+def test_stage_1_sets_the_standard_and_is_not_judged():
+    guard = CollapseGuard(1, 0.5, 0.5)
+    guard.see({"ndcg@10/reasoning": 0.4, "token_rate": 0.0}, judge=False)
+    assert not guard.collapsed and seen(guard, (0.3, 1.0), (0.1, 1.0)) == [False, True]
+
+
 def test_its_state_survives():
     guard, other = CollapseGuard(2, 0.5, 0.5), CollapseGuard(2, 0.5, 0.5)
     seen(guard, (0.4, 1.0), (0.1, 1.0))

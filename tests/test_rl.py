@@ -461,9 +461,14 @@ def test_a_reward_that_is_not_finite_stops_by_name_or_drops_its_group(folder, we
     assert "config.rl.reward.on_nan=drop" in said
     [(batch, stats, metrics)], _ = play(fixtures.parts(folder, rl__reward__on_nan="drop", **nan), weights, 1)
     odd = batch["known"][:, 0] % 2 == 1
-    dropped = odd & batch["emitted"].any(1)
+    [(kept, _, _)], _ = play(fixtures.parts(folder), weights, 1)  # the same thoughts
+    dropped = odd & kept["emitted"].any(1)
     assert stats["reward/dropped"] == dropped.mean() > 0
     assert not batch["rewards"][dropped].any() and batch["rewards"][~odd].any()
+    # Nothing of it is learnt: neither by the policy and its KL term nor by InfoNCE.
+    for name in ("mask", "emitted"):
+        assert not batch[name][dropped].any()
+        np.testing.assert_array_equal(batch[name][~dropped], kept[name][~dropped])
     assert np.isfinite([stats["reward/mean"], stats["reward/retrieval"], metrics["loss"]]).all()
     [(_, stats)] = collected(fixtures.parts(folder, rl__reward__on_nan="drop", rl__dynamic_sampling=8, **nan), weights)
     assert stats["reward/dropped"] == 0 and stats["refill/missing"] == 0

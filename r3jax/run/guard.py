@@ -11,6 +11,8 @@ from r3jax.errors import UserError
 class CollapseGuard:
     """Looks at each validation of stage 2; `best` and `low` are its state, which a checkpoint keeps.
 
+    `best` may come from stage 1, so that a policy that never was any good is no standard for itself.
+
     Args:
       evaluations: so many low ones in a row are a collapse; 0: never.
       token_rate: an evaluation is low when fewer of its thoughts than this share end with the token,
@@ -23,11 +25,11 @@ class CollapseGuard:
     best: float = 0.0
     low: int = 0
 
-    def see(self, scores: Mapping[str, float]) -> None:
-        """Takes in one validation's figures: `token_rate` and `ndcg@10/reasoning`."""
+    def see(self, scores: Mapping[str, float], judge: bool = True) -> None:
+        """Takes in one validation's figures, `token_rate` and `ndcg@10/reasoning`; not to `judge` is to learn `best`."""
         found = scores["ndcg@10/reasoning"]
         is_low = scores["token_rate"] < self.token_rate or found < self.ndcg * self.best
-        self.low = self.low + 1 if is_low else 0
+        self.low = self.low + 1 if is_low and judge else 0
         self.best = max(self.best, found)
 
     def state(self) -> dict[str, Any]:

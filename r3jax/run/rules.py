@@ -222,6 +222,11 @@ RULES: list[Rule] = [
     *above(0, "rl.clip_low", "rl.clip_high"),
     Rule(("rl.clip_low",), lambda v: v < 1, "must be below 1, not {0}"),
     *at_least(0, "rl.kl_weight", "rl.hard_negatives", "rl.contrastive_weight"),
+    Rule(
+        ("rl.kl", "rl.kl_weight"),
+        lambda kind, weight: kind != "none" or not weight,
+        "is none, but rl.kl_weight is {1}; set rl.kl_weight=0, or k2 or k3",
+    ),
     Rule(("rl.reference_decay",), lambda v: 0 <= v < 1, "must be at least 0 and below 1, not {0}"),
     Rule(
         ("rl.reference_decay", "rl.kl_weight"),

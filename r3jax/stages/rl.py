@@ -160,7 +160,10 @@ class RL:
         docs = np.concatenate([groups.known[:, :1], groups.negatives], axis=1).astype(np.int32)
         width = bucket_of(self.chat.direct_extra + self.lengths.document)
         doc_tokens, doc_lengths = pad([self.documents[row] for row in docs.ravel()], width)
-        mask = done.mask & ~cut(done)[..., None] if self.mask_overlong else done.mask
+        kept = ~groups.dropped[:, None]
+        mask = done.mask & kept[..., None]
+        if self.mask_overlong:
+            mask = mask & ~cut(done)[..., None]
         arrays = {
             "tokens": tokens,
             "starts": starts,
@@ -168,7 +171,7 @@ class RL:
             "old_logp": done.logp,
             "mask": mask.astype(np.float32),
             "rewards": grouped,
-            "emitted": done.emitted,
+            "emitted": done.emitted & kept,
             "docs": doc_tokens.reshape(*docs.shape, -1),
             "doc_lengths": doc_lengths.reshape(docs.shape),
             "doc_rows": docs,
