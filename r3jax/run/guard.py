@@ -26,7 +26,7 @@ class CollapseGuard:
     low: int = 0
 
     def see(self, scores: Mapping[str, float], judge: bool = True) -> None:
-        """Takes in one validation's figures, `token_rate` and `ndcg@10/reasoning`; not to `judge` is to learn `best`."""
+        """Takes in one validation's `token_rate` and `ndcg@10/reasoning`; without `judge` it only learns `best`."""
         found = scores["ndcg@10/reasoning"]
         is_low = scores["token_rate"] < self.token_rate or found < self.ndcg * self.best
         self.low = self.low + 1 if is_low and judge else 0
