@@ -11,8 +11,8 @@ Axes: N texts, D width.
 import pathlib
 from typing import Any
 
-import mteb
 import numpy as np
+from mteb.models import ModelMeta
 from mteb.types import PromptType
 
 from r3jax.corpus.identity import fingerprint
@@ -34,7 +34,7 @@ class SearchR3Model:
         # mteb keeps results by name and revision, so whatever moves a vector is in these.
         limits = f"{reader.max_query}-{reader.max_new - 1}-{self.model.max_document}"
         how = "reasoning" if reasoning else "direct"
-        self.mteb_model_meta = mteb.ModelMeta.create_empty(
+        self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
                 "name": f"r3jax/{found.resolve().name}" if found.exists() else str(path),
                 "revision": f"{fingerprint(self.model.params, reader)[:16]}-{limits}-{how}",

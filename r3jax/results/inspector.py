@@ -75,10 +75,11 @@ def write_inspector(
         match = head_to_head(ours, theirs, judged, METRIC)
         figures = match.as_dict()
         cards += examples(dataset, split, thoughts, ours, theirs, hits=hits)
-        below = f"{figures['a'] - figures['b']:+.3f} to {fixed(figures['b'], 3)}; {p_text(figures['p'])}"
+        below = f"{figures['a'] - figures['b']:+.3f} against {fixed(figures['b'], 3)}; {p_text(figures['p'])}"
         tiles.append((f"nDCG@10, {split} queries", fixed(figures["a"], 3), below))
         profiles.append(_profile(split, match))
         counts = [n + figures[kind] for n, kind in zip(counts, ("wins", "losses", "ties"), strict=True)]
+    cards.sort(key=lambda card: -abs(card["ndcg_with"] - card["ndcg_without"]))  # stable: then as they were given
     cut = sum(not card["emitted"] for card in cards)
     words = [len(card["thought"].split()) for card in cards]
     tiles.append(("Better, worse", f"{counts[0]:,} / {counts[1]:,}", f"{counts[2]:,} without a difference"))
@@ -88,7 +89,7 @@ def write_inspector(
     header = head("Reasoning inspector", found.name, facts, tiles)
     sides = ("With reasoning", "Without") if right.endswith("direct") else (label(left), label(right))
     sections = [
-        ("change", "Change by query", "".join(profiles)),
+        ("change", "Change by query", f'<div class="grid profiles">{"".join(profiles)}</div>'),
         ("queries", "Queries", queries.cards(cards, sides, note)),
     ]
     write_page(out, f"{found.name}: reasoning", header, sections)
