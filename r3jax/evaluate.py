@@ -63,11 +63,12 @@ class Task:
 
 
 def main(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        if not weights.is_run(argv[0]):
-            return of_published(argv[0], argv[1:])
-        argv = [f"--workdir={argv[0]}", *argv[1:]]
-    return of_run(argv)
+    if not argv or argv[0].startswith("-"):
+        of_run(argv)
+    elif weights.is_run(argv[0]):
+        of_run([f"--workdir={argv[0]}", *argv[1:]])
+    else:
+        of_published(argv[0], argv[1:])
 
 
 def of_run(argv: list[str]) -> None:

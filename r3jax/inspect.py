@@ -42,7 +42,10 @@ def main(argv: list[str]) -> None:
     left = given.choice("with", found.thoughtful, own[-1])
     model = left.split("_")[0] + "_" if left.startswith(("sft_", "rl_")) else ""
     right = given.choice("without", found.conditions, f"{model}direct")
-    dataset = beir.load(given.flags["data"] or found.source)
+    source = given.flags["data"] or found.source
+    if not pathlib.Path(source).is_dir():
+        raise UserError(f"--data: {source}, where the data set was, is no folder; name the one where it lies now.")
+    dataset = beir.load(source)
     out = pathlib.Path(given.flags["out"] or folder / "inspect.html")
     try:
         count = write_inspector(found, dataset, splits, left, right, hits, out)

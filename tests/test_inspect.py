@@ -144,5 +144,8 @@ def test_other_data_and_damaged_thoughts_are_named(evaluated, tmp_path):
     (evaluated / "thoughts" / "seen.rl_reasoning.jsonl").write_text('{"query_id": 3}\n')
     with pytest.raises(UserError, match="is malformed"):
         dispatcher.main(["inspect", str(evaluated)])
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(UserError, match="--data: .*data, where the data set was, is no folder"):
+        dispatcher.main(["inspect", str(evaluated)])
     with pytest.raises(UserError, match="RUN: there is no folder"):
         dispatcher.main(["inspect", str(tmp_path / "nowhere")])

@@ -140,6 +140,4 @@ def run_example(home, example: str) -> str:
     if "http://localhost:8000" not in command:
         return run(home, command)
     with serving(*serve_words(home, next(c for c in README if c.startswith(SERVE)))) as (address, _):
-        said = run(home, command.replace("http://localhost:8000", address))
-    assert "list files by size" in said
-    return said
+        return run(home, command.replace("http://localhost:8000", address))

@@ -68,8 +68,8 @@ def write_inspector(
         thoughts = _thoughts(found.folder / "thoughts" / f"{split}.{left}.jsonl")
         lost = {doc for run in (ours, theirs, judged) for found_docs in run.values() for doc in found_docs}
         lost -= dataset.doc_row.keys()
-        lost |= thoughts.keys() - dataset.query_row.keys()
-        if lost or dataset.qrels.get(split, {}).keys() < judged.keys():
+        known = dataset.qrels.get(split, {})
+        if lost or {query: known.get(query) for query in judged} != judged or thoughts.keys() - judged.keys():
             what = f"has no {min(lost)!r}" if lost else f"has other judgements in {split}"
             raise UserError(f"--data: {dataset.name} {what}; name the folder that was evaluated.")
         match = head_to_head(ours, theirs, judged, METRIC)
