@@ -6,7 +6,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
 PY := .venv/bin/python
-SOURCES := r3jax configs tests bench data
+SOURCES := r3jax configs tests bench data examples
 
 # The stamps carry the requirements' checksum: changed requirements are installed, unchanged ones never again.
 RUN := .venv/.run-$(shell cat requirements.txt | cksum | cut -d' ' -f1)

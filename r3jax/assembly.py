@@ -13,11 +13,10 @@ from r3jax.data import beir, chats, store, thoughts
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model import params as model_params
-from r3jax.model.encoder import encode_rows
 from r3jax.model.hub import local_folder
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import batch_parts
-from r3jax.reader import Reader
+from r3jax.reader import OnRows, Reader, nobody
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
 from r3jax.search.index import VersionedIndex
@@ -153,9 +152,9 @@ class Parts:
         d = self.config.data
         return sft.Lengths(d.max_query_tokens, d.max_doc_tokens, d.max_thought_tokens)
 
-    def encode_corpus(self, params) -> np.ndarray:
+    def encode_corpus(self, params, on_rows: OnRows = nobody) -> np.ndarray:
         """Unit vectors [N, D] of the whole corpus under `params`."""
-        return encode_rows(params, self.model, self.mesh, self.documents, batch_size=self.config.evaluate.batch_size)
+        return self.reader.encode(params, self.documents, on_rows)
 
     def initial_params(self):
         """Random weights, or those that init_from names; UserError if they do not fit the config."""

@@ -11,11 +11,12 @@ For example:
 """
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Iterator
 
 from r3jax.corpus.encoding import refuse_lost
-from r3jax.corpus.mining import mine, summary, to_line
+from r3jax.corpus.mining import mine, sentence, summary, to_line
 from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.evaluation.bm25 import BM25
@@ -35,7 +36,10 @@ FLAGS = {
     "above": "cosine that no negative may exceed; default: no such bound",
     "sources": "model, bm25 or both with a comma; default: model,bm25",
 }
-SWITCHES = {"reasoning": "whether the model thinks about a query before it searches; default: no"}
+SWITCHES = {
+    "reasoning": "whether the model thinks about a query before it searches; default: no",
+    "json": "the counts as one JSON object",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -74,7 +78,8 @@ def main(argv: list[str]) -> None:
             part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    print(f"{out}: {summary(mined)}")
+    counts = summary(mined)
+    print(json.dumps({"out": out} | counts) if given.switches["json"] else f"{out}: {sentence(counts)}")
 
 
 @contextlib.contextmanager

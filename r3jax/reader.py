@@ -19,6 +19,13 @@ from r3jax.text.prompts import ChatFormat
 TEMPERATURE = 0.7  # of sampled thoughts
 
 
+OnRows = Callable[[int], None]  # told how many rows each batch has done
+
+
+def nobody(rows: int) -> None:
+    """An `OnRows` that tells nobody."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reasoned:
     """What came of thinking, for each of Q queries."""
@@ -41,26 +48,28 @@ class Reader:
     batch_size: int
     thoughts: int = 0  # of the condition `averaged` of an evaluation; with 0 or 1 it is left out
 
-    def direct(self, params, texts: Sequence[str]) -> np.ndarray:
+    def direct(self, params, texts: Sequence[str], on_rows: OnRows = nobody) -> np.ndarray:
         """Unit vectors [Q, D] of queries read without reasoning."""
-        return self.encode(params, self.chat.direct_queries(texts, self.max_query))
+        return self.encode(params, self.chat.direct_queries(texts, self.max_query), on_rows)
 
-    def with_thoughts(self, params, texts: Sequence[str], thoughts: Sequence[Sequence[int]]) -> np.ndarray:
+    def with_thoughts(
+        self, params, texts: Sequence[str], thoughts: Sequence[Sequence[int]], on_rows: OnRows = nobody
+    ) -> np.ndarray:
         """Unit vectors [Q, D] of queries followed by given thoughts (token ids)."""
         prompts = self.chat.reasoning_prompts(texts, self.max_query)
         end = [self.chat.tokenizer.embed_id]
-        return self.encode(params, [[*p, *t, *end] for p, t in zip(prompts, thoughts, strict=True)])
+        return self.encode(params, [[*p, *t, *end] for p, t in zip(prompts, thoughts, strict=True)], on_rows)
 
-    def reason(self, params, texts: Sequence[str], count: int = 1) -> Reasoned:
+    def reason(self, params, texts: Sequence[str], count: int = 1, on_rows: OnRows = nobody) -> Reasoned:
         """`think` about queries."""
-        return self.think(params, self.chat.reasoning_prompts(texts, self.max_query), count)
+        return self.think(params, self.chat.reasoning_prompts(texts, self.max_query), count, on_rows)
 
     def think(
         self,
         params,
         prompts: Sequence[Sequence[int]],
         count: int = 1,
-        on_rows: Callable[[int], None] = lambda rows: None,
+        on_rows: OnRows = nobody,
     ) -> Reasoned:
         """The model's own thoughts and the vectors they end in: one greedy, or the mean over `count` sampled.
 
@@ -144,7 +153,7 @@ class Reader:
             on_rows(len(chosen))
         return thoughts, vectors, emitted
 
-    def encode(self, params, rows, on_rows: Callable[[int], None] = lambda rows: None) -> np.ndarray:
+    def encode(self, params, rows, on_rows: OnRows = nobody) -> np.ndarray:
         """Unit vectors [N, D] of token rows that end with the embed token: `encode_rows`."""
         return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, on_rows=on_rows)
 

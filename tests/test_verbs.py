@@ -180,11 +180,12 @@ def test_bytes_on_the_standard_input_that_are_no_text(index, monkeypatch, capsys
 def test_mine(folder, model, tmp_path, capsys, flags):
     data, out = beir.load(folder / "data"), tmp_path / "out.jsonl"
     dispatcher.main(
-        ["mine", str(folder / "run"), str(folder / "data"), str(out), "--margin=0.99", "--depth=200", *flags]
+        ["mine", str(folder / "run"), str(folder / "data"), str(out), "--margin=0.99", "--depth=200", "--json", *flags]
     )
-    assert f"{out}: 120 queries" in capsys.readouterr().out
+    said = json.loads(capsys.readouterr().out)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) > 60
+    assert len(lines) > 60 and (said["out"], said["queries"], said["without"]) == (str(out), 120, 120 - len(lines))
+    assert said["negatives"] == sum(said["by_source"].values()) == sum(len(line["neg"]) for line in lines)
     documents = model.encode_document(data.doc_texts)
     for line in lines[:10]:
         score = dict(

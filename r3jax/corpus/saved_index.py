@@ -22,6 +22,7 @@ from r3jax.corpus import manifest
 from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.encoding import MANIFEST, Encoding
 from r3jax.errors import UserError
+from r3jax.run.progress import waiting
 from r3jax.search.index import VersionedIndex
 
 STATE = "index.npz"
@@ -121,7 +122,9 @@ def _write(
         inside.mkdir(parents=True)
         count = stored.write(documents, inside)
         # savez takes **arrays; none of the names is a keyword of its own
-        np.savez(inside / STATE, **VersionedIndex.build(vectors, 0, about["kind"]).state())  # type: ignore[arg-type]
+        with waiting(f"building an index over {count:,} documents"):
+            state = VersionedIndex.build(vectors, 0, about["kind"]).state()
+        np.savez(inside / STATE, **state)  # type: ignore[arg-type]
         now = {"format": FORMAT, "r3jax": r3jax.__version__, "generation": generation, "documents": count}
         manifest.write(folder / MANIFEST, {**about, **now})
         shutil.rmtree(folder / str(generation - 1), ignore_errors=True)
