@@ -3,9 +3,9 @@
     r3jax encode MODEL DATA OUT [flags]
 
 MODEL is the folder of a run or an exported model, or a hub id. DATA is a folder in BEIR form, a .jsonl file
-({"_id", "title", "text"} or a string per line), or plain text with one document per line; a bad line, such as a document
-without text, is refused, or left out with --on-error=skip. OUT gets vectors.npy, documents.jsonl, offsets.npy and
-manifest.json. A run that was stopped goes on when the same command is given again, and ends with the same bytes;
+({"_id", "title", "text"} or a string per line), or plain text with one document per line; a bad line, such as a
+document without text, is refused, or left out with --on-error=skip. OUT gets vectors.npy, documents.jsonl, offsets.npy
+and manifest.json. A run that was stopped goes on when the same command is given again, and ends with the same bytes;
 another model, prompt, length or corpus is refused there. For example:
 
     r3jax encode runs/rl-tiny data/tldr-commands vectors
@@ -77,8 +77,8 @@ def main(argv: list[str]) -> None:
         cut = manifest["truncated"]
         read = f"; {cut:,} were longer than {manifest['max_length']} tokens and were cut" if cut else ""
         if manifest.get("skipped"):
-            why = f", the first: {documents.first_skipped}" if documents.first_skipped else ""
-            print(f"warning: {manifest['skipped']:,} lines left out{why}", file=sys.stderr)
+            why = f"; the first: {documents.first_skipped}" if documents.first_skipped else ""
+            print(f"warning: lines left out: {manifest['skipped']:,}{why}", file=sys.stderr)
         print(f"{out}: {manifest['documents']:,} documents, {manifest['width']} dimensions, {dtype}{read}")
 
 

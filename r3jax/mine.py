@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     try:
         dataset = beir.load(data, on_error=on_error)
         if dataset.skipped:
-            said = f"{len(dataset.skipped):,} lines left out, the first: {dataset.skipped[0]}"
+            said = f"lines left out: {len(dataset.skipped):,}; the first: {dataset.skipped[0]}"
             print(f"warning: {said}", file=sys.stderr)
         asked = [dataset.query_texts[dataset.query_row[query]] for query in dataset.positives(split)]
         model = SearchR3.from_pretrained(local_folder(source, "MODEL"))

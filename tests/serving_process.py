@@ -15,7 +15,7 @@ from r3jax.run.checkpoint import Checkpointer
 from tests import fixtures
 from tests.tiny_model import weights
 
-START = 240  # seconds: on a busy machine, with nothing compiled yet
+START = 600  # seconds: on a busy machine, with nothing compiled yet
 
 
 def tiny_run(folder: pathlib.Path, **changes) -> pathlib.Path:
@@ -40,13 +40,15 @@ def encoded(run: pathlib.Path) -> pathlib.Path:
 def serving(*argv: str | pathlib.Path) -> Iterator[tuple[str, subprocess.Popen]]:
     """(address, process) of `r3jax serve` with these arguments, on a free port, as soon as /healthz answers.
 
-    Whoever has not stopped it himself has it stopped by SIGTERM: it must then exit with 0 and have complained of nothing.
+    Unless it was stopped within, it is stopped by SIGTERM, and must exit with 0 and have complained of nothing.
     """
     process = fixtures.run_python("-m", "r3jax.serve", *map(str, argv), "--port=0")
     try:
         ready, _, _ = select.select([process.stdout], [], [], START)
         said = process.stdout.readline() if ready else ""
-        assert " at http://" in said, f"serve has not started: {said}{process.stderr.read() if said == '' else ''}"
+        if " at http://" not in said:
+            process.kill()
+            raise AssertionError(f"serve has not started: {said}{process.stderr.read()}")
         address = said.split()[-1]
         with urllib.request.urlopen(f"{address}/healthz", timeout=20) as answer:
             assert answer.status == 200

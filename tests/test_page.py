@@ -1,7 +1,7 @@
 """The page of `serve` in a real Chromium, without a screen: what a person does with it.
 
-Chromium is the system's (`apt-get install chromium`), or playwright's own (`playwright install chromium`) where there is
-none. Without either the tests fail and say so.
+Chromium is the system's (`apt-get install chromium`), or else playwright's own (`playwright install chromium`). Without
+either the tests fail and say so.
 """
 
 import shutil

@@ -46,9 +46,7 @@ class Documents:
                 "document per line."
             )
         if fix := OTHERS.get(self.path.suffix.lower()):
-            raise UserError(
-                f"{field}: {self.path} is neither .jsonl nor plain text with one document per line; {fix}."
-            )
+            raise UserError(f"{field}: {self.path} is neither .jsonl nor plain text with one document per line; {fix}.")
         self._read = _json_line if self.path.suffix == ".jsonl" else _plain_line
 
     def fingerprint(self) -> str:
