@@ -7,8 +7,10 @@ import json
 import re
 import signal
 import socket
+import sys
 import threading
 import time
+import urllib.parse
 
 import httpx2
 import jax
@@ -331,6 +333,35 @@ def test_a_key(served):
         assert len(client.get("/v1/models").json()["data"]) == 3
         said = client.get("/openapi.json").json()
         assert said["paths"]["/v1/models"]["get"]["security"] == [{"HTTPBearer": []}]
+
+
+OPENED: list[str] = []  # by this process, the server's included, while a test looks
+LOOKING = threading.Event()
+sys.addaudithook(lambda event, given: OPENED.append(str(given[0])) if event == "open" and LOOKING.is_set() else None)
+
+
+def test_no_request_names_a_file(client, tmp_path):
+    """Whatever a client writes, wherever it may: no file of such a name is opened, and the server goes on."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    up = "../" * len(tmp_path.parts)
+    LOOKING.set()
+    try:
+        for name in (str(secret), up + str(secret), f"file://{secret}", f"{secret}\0.html"):
+            quoted = urllib.parse.quote(name, safe="")
+            for path in (f"/{quoted}", f"/v1/models/{quoted}", f"/?file={quoted}", f"/openapi.json?config={quoted}"):
+                assert "secret\n" not in client.get(path, headers={"X-File": quoted}).text
+            for path, body in (
+                ("/v1/embeddings", {"model": name, "input": "x"}),
+                ("/v1/embeddings", {"model": f"{name}:document", "input": "x"}),
+                ("/v1/embeddings", GOOD | {"input": name, "user": name}),
+                ("/search", {"query": name, "index": name}),
+                ("/search", {"query": name, "k": 1}),
+            ):
+                assert client.post(path, json=body).status_code in (200, 400, 404)
+    finally:
+        LOOKING.clear()
+    assert OPENED and not any("secret" in path for path in OPENED)  # the page itself is read
 
 
 class Slow(Served):
