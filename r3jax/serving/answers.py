@@ -26,7 +26,9 @@ def router(desk: Desk, problems: dict) -> APIRouter:
     """POST /search."""
     routes = APIRouter()
     body_type: Any = schema.search_request(desk.served, desk.limits)[0]
-    events = {"description": "With stream: server-sent events.", "schema": {"type": "string"}}
+    names = {"type": "string", "enum": ["thought", "answer", "error"]}
+    event = {"event": names, "data": {"type": "string", "description": "JSON."}}
+    events = {"schema": {"description": "One event.", "type": "object", "properties": event, "required": [*event]}}
     good = {"model": schema.Answer, "content": {"text/event-stream": events}}
 
     @routes.post("/search", responses={200: good, **problems})

@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from r3jax.serving.limits import Limits
 from r3jax.serving.model import Served
 
+NOT_BLANK = r"[^\u0000-\u0020]"  # not \S, which is another set of characters in every dialect
+
 
 def _utf8(text: str) -> str:
     try:
@@ -25,8 +27,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _from_to(low: int, high: int) -> Any:
+    """A whole number of that range."""
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(_whole)]
+
+
+# What bounds a value stands before what checks it: behind, it would be left out of the schema.
 Text = Annotated[str, AfterValidator(_utf8)]
-Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Request(BaseModel):
@@ -110,7 +117,7 @@ def embedding_request(served: Served, limits: Limits) -> tuple[type[Request], di
         return ids
 
     token: Any = {"type": "integer", "minimum": 0, "maximum": size - 1, "not": {"enum": sorted(control)}}
-    token = Annotated[Whole, Field(ge=0, lt=size), WithJsonSchema(token)]
+    token = Annotated[_from_to(0, size - 1), WithJsonSchema(token)]
     tokens: Any = Annotated[list[token], Field(min_length=1, max_length=limits.tokens), AfterValidator(no_control)]
     several: Any = Field(min_length=1, max_length=limits.inputs)
     inputs: Any = Text | Annotated[list[Text], several] | tokens | Annotated[list[tokens], several]
@@ -127,7 +134,7 @@ def embedding_request(served: Served, limits: Limits) -> tuple[type[Request], di
         "input": (inputs, Field(description="Texts, or the ids of this model's own tokens.")),
         "model": (Literal[names], Field(description="query thinks first; query-direct and document do not.")),
         "encoding_format": (Literal["float", "base64"], "float"),
-        "dimensions": (Annotated[Whole, Field(ge=1, le=served.width)] | None, None),
+        "dimensions": (_from_to(1, served.width) | None, None),
         "user": (Text | None, Field(None, description="Taken, as OpenAI does, and not looked at.")),
     }
     return create_model("EmbeddingRequest", __base__=Request, **fields), about
@@ -143,8 +150,8 @@ def search_request(served: Served, limits: Limits) -> tuple[type[Request], dict[
     }
     thinks: Any = bool if served.thinks else Literal[False]
     fields: Any = {
-        "query": (Annotated[Text, Field(min_length=1, pattern=r"\S")], ...),
-        "k": (Annotated[Whole, Field(ge=1, le=limits.hits)], Field(10, description="Hits wanted.")),
+        "query": (Annotated[str, Field(pattern=NOT_BLANK), AfterValidator(_utf8)], ...),
+        "k": (_from_to(1, limits.hits), Field(10, description="Hits wanted.")),
         "reasoning": (thinks, Field(served.thinks, description="Whether the model thinks first.")),
         "stream": (
             bool,
