@@ -15,6 +15,7 @@ from tests.serving_process import encoded, serving, stop, tiny_run
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PHONE = {"width": 360, "height": 740}
+expect.set_options(timeout=60_000)  # ms: the machine may be busy
 
 # Every state that the page was in since the last search: what the thought said, and whether hits were shown beside it.
 WATCH = """
