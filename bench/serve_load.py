@@ -27,6 +27,7 @@ from r3jax.serving.limits import Limits
 CLIENTS, CALIBRATION, DRIP = 64, 15.0, 0.5
 MODES = ("query", "query-direct", "document")
 GROWTH = 0.05
+REFUSED = {408, 413, 503, 0}  # 0: closed while the client still sent
 
 
 @dataclasses.dataclass
@@ -60,7 +61,7 @@ class Load:
             wrong.append(f"the memory grew by {self.growth:.1%}")
         if np.percentile(self.seconds, 99) > limits.seconds:
             wrong.append(f"the 99th percentile of the answers took longer than {limits.seconds:g} s")
-        if set(self.harm) != {408, 413}:
+        if set(self.harm) - REFUSED or not self.harm[408] or not self.harm[413]:
             wrong.append(f"what does harm was answered with {sorted(self.harm)}")
         return wrong
 
