@@ -61,7 +61,7 @@ def page(browser):
 
 def search(page, query):
     """Types a query, as a person would, and waits for its hits."""
-    page.keyboard.press("/")
+    page.keyboard.press("Escape")  # to the field, its text selected
     page.keyboard.type(query)
     page.evaluate(WATCH)
     page.keyboard.press("Enter")
