@@ -227,6 +227,7 @@ GOOD = {"model": "tiny:document", "input": "text"}
         ("/v1/embeddings", GOOD | {"model": "gpt"}, 404, "there is no model 'gpt'; it must be one of tiny:query"),
         ("/v1/embeddings", GOOD | {"model": None}, 404, "there is no model None"),
         ("/v1/embeddings", GOOD | {"dimension": 3}, 400, "there is no field dimension .did you mean dimensions?"),
+        ("/v1/embeddings", GOOD | {"a\nb": 3}, 400, "there is no field a\ufffdb; the fields are input, model"),
         ("/v1/embeddings", GOOD | {"\ud800": 3}, 400, "the body must be a JSON object"),
         ("/v1/embeddings", GOOD | {"dimensions": 2.5}, 400, "dimensions must be a whole number from 1 to 32"),
         ("/v1/embeddings", GOOD | {"dimensions": 0}, 400, "dimensions must be a whole number from 1 to 32"),
