@@ -117,7 +117,8 @@ def embedding_request(served: Served, limits: Limits) -> tuple[type[Request], di
         return ids
 
     token: Any = {"type": "integer", "minimum": 0, "maximum": size - 1, "not": {"enum": sorted(control)}}
-    token = Annotated[_from_to(0, size - 1), WithJsonSchema(token)]
+    whole = _from_to(0, size - 1)
+    token = Annotated[whole, WithJsonSchema(token)]
     tokens: Any = Annotated[list[token], Field(min_length=1, max_length=limits.tokens), AfterValidator(no_control)]
     several: Any = Field(min_length=1, max_length=limits.inputs)
     inputs: Any = Text | Annotated[list[Text], several] | tokens | Annotated[list[tokens], several]
