@@ -13,6 +13,7 @@ For example:
 import contextlib
 import json
 import pathlib
+import sys
 from collections.abc import Iterator
 
 from r3jax.corpus.encoding import refuse_lost
@@ -34,6 +35,7 @@ FLAGS = {
     "depth": "candidates of each source; default: 100",
     "margin": "share of the best positive's cosine that a negative may reach; default: 0.95",
     "above": "cosine that no negative may exceed; default: no such bound",
+    "on-error": "strict or skip: leave bad lines of DATA out and say how many; default: strict",
     "sources": "model, bm25 or both with a comma; default: model,bm25",
 }
 SWITCHES = {
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> None:
     sources = (given.flags["sources"] or ",".join(SOURCES)).split(",")
     if not set(sources) <= set(SOURCES) or len(set(sources)) < len(sources):
         raise UserError(f"--sources must name model, bm25 or both, not {','.join(sources)!r}.")
+    on_error = given.choice("on-error", ("strict", "skip"), "strict")
     command.prepare()
     if pathlib.Path(out).exists():
         raise UserError(f"OUT names {out}, where something is already; name another file or remove that one.")
@@ -60,7 +63,10 @@ def main(argv: list[str]) -> None:
     with _writing(out):
         part.touch()
     try:
-        dataset = beir.load(data)
+        dataset = beir.load(data, on_error=on_error)
+        if dataset.skipped:
+            said = f"lines left out: {len(dataset.skipped):,}; the first: {dataset.skipped[0]}"
+            print(f"warning: {said}", file=sys.stderr)
         asked = [dataset.query_texts[dataset.query_row[query]] for query in dataset.positives(split)]
         model = SearchR3.from_pretrained(local_folder(source, "MODEL"))
         queries, documents = _vectors(model, dataset, asked, bool(given.switches["reasoning"]))

@@ -54,7 +54,8 @@ def serving(*argv: str | pathlib.Path) -> Iterator[tuple[str, subprocess.Popen]]
             assert answer.status == 200
         yield address, process
         if process.poll() is None:
-            assert stop(process) == ""
+            complaints = stop(process)
+            assert not complaints, complaints
     finally:
         process.kill()
         process.communicate()
@@ -63,9 +64,9 @@ def serving(*argv: str | pathlib.Path) -> Iterator[tuple[str, subprocess.Popen]]
 def stop(process: subprocess.Popen) -> str:
     """Ends a server by SIGTERM and returns its complaints; it must exit with 0."""
     process.send_signal(signal.SIGTERM)
-    _, complaints = process.communicate(timeout=60)
-    assert process.returncode == 0, complaints
-    return complaints
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return "".join(line for line in said.splitlines(True) if not line.startswith("compiling: "))  # on a busy machine
 
 
 def wait_for(condition, seconds: float = 20) -> None:
