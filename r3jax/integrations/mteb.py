@@ -58,10 +58,10 @@ class SearchR3Model:
     ) -> np.ndarray:
         """Unit vectors [N, D] of the texts in mteb's batches, {"text": [...]}."""
         texts = [text for batch in inputs for text in batch["text"]]
-        options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
         if prompt_type == PromptType.query:
-            return self.model.encode_query(texts, reasoning=self.reasoning, **options)
-        return self.model.encode_document(texts, **options)
+            return np.asarray(self.model.encode_query(texts, reasoning=self.reasoning, **options))
+        return np.asarray(self.model.encode_document(texts, **options))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
         """Cosines [A, B] of vectors [A, D] and [B, D]."""
