@@ -52,8 +52,8 @@ def refuse_config(workdir: pathlib.Path, began: ConfigDict, now: ConfigDict, acc
     if changed:
         words = ", ".join(f"config.{key}={old.get(key)!r}, not {new.get(key)!r}" for key in changed)
         raise UserError(
-            f"--workdir: {workdir} holds a run with {words}; name another --workdir or remove that folder, or go on all "
-            f"the same with --accept={','.join([*sorted(accept), *changed])}."
+            f"--workdir: {workdir} holds a run with {words}; name another --workdir or remove that folder, or go on "
+            f"all the same with --accept={','.join([*sorted(accept), *changed])}."
         )
 
 

@@ -119,9 +119,8 @@ class RunLog:
         So it can be proved that none was lost or doubled, by resumption for one. skipped: the step's update was none.
         """
         if self._writes:
-            self._append(
-                LEDGER, {"stage": stage, "step": step, "rows": list(rows)} | ({"skipped": True} if skipped else {})
-            )
+            line = {"stage": stage, "step": step, "rows": list(rows)}
+            self._append(LEDGER, line | ({"skipped": True} if skipped else {}))
 
     def say(self, text: str) -> None:
         """Prints one announcement."""
