@@ -19,6 +19,7 @@ from r3jax.run import fingerprint
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.guard import CollapseGuard, SkipGuard
 from r3jax.run.log import RunLog
+from r3jax.run.peers import Peers
 from r3jax.run.stop import Stop
 from r3jax.search.index import VersionedIndex
 from r3jax.stages.state import Stage, TrainState
@@ -49,6 +50,7 @@ def run_stage(
     clock: dict,
     guards: Guards,
     stop: Stop,
+    peers: Peers,
     unmeasured: bool = False,
 ) -> None:
     """Trains from the state's step to the stage's last: makes a batch, dispatches the update, logs the step before.
@@ -87,6 +89,7 @@ def run_stage(
                 batch, numbers = stage.next_batch(state, step)
                 made = time.perf_counter()
                 state, metrics = stage.update(state, batch)
+            peers.beat()
             if waiting:
                 report(log, progress, stage, config, guards.skips, *waiting)
             stopping = stop.due(step)
@@ -121,6 +124,7 @@ def run_stage(
                     stop.end()
                 if measuring:
                     measure(step, state)
+                    peers.beat()
                 mark = time.perf_counter()
     checkpointer.wait()
     stop.stepping = False

@@ -27,6 +27,7 @@ from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.config import run_main
 from r3jax.run.guard import CollapseGuard, SkipGuard
 from r3jax.run.log import RunLog, quiet_libraries
+from r3jax.run.peers import Peers
 from r3jax.run.stop import Stop
 from r3jax.stages.state import Stage
 
@@ -48,7 +49,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
 
     # Mesh, input, model
     mesh = make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), Stop() as stop:
+    with jax.set_mesh(mesh), Peers(config.processes.hang) as peers, Stop() as stop:
         assembly.check_batches(config, mesh)
         parts = assembly.parts(config, workdir, mesh, begun=resuming)
         parts.source  # noqa: B018  written now, so that a cache that cannot be written is no surprise later
@@ -96,7 +97,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
                 log.say(announce(name, plan, parts, stage))
                 del start
                 unmeasured = False
-            run_stage(stage, state, parts, checkpointers[name], log, clock, guards, stop, unmeasured)
+            run_stage(stage, state, parts, checkpointers[name], log, clock, guards, stop, peers, unmeasured)
             del state
         for checkpointer in checkpointers.values():
             checkpointer.close()

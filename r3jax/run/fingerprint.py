@@ -25,6 +25,7 @@ FREE = (
     "name",
     "log.",
     "checkpoint.",
+    "processes.",
     "xla_cache",
     "data.cache",
     "evaluate.max_ability_kl",
