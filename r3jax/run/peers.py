@@ -30,6 +30,7 @@ from r3jax.run.stop import AGAIN
 from r3jax.run.verify import first_line
 
 TICK = 1.0  # seconds between signs of life
+MUTE = 5.0  # seconds without one, by which a process that does nothing at all is told from one that waits
 GRACE = 2.0  # seconds that a failing process waits to hear whether a peer was the cause
 LATE = 10.0  # seconds after `hang` until a process whose Python is stuck too ends itself
 
@@ -43,6 +44,7 @@ class Peers:
         self._lines: dict[int, socket.socket] = {}  # to each peer, of process 0; to process 0, of the others
         self._names: dict[int, str] = {}
         self._seen: dict[int, tuple[int, float]] = {}  # process -> its step, and when it came there
+        self._heard: dict[int, float] = {}  # process -> when it last said anything
         self._left: set[int] = set()  # who said goodbye
 
     def beat(self) -> None:
@@ -113,6 +115,7 @@ class Peers:
         try:
             for text in line.makefile("rb"):
                 said = json.loads(text)
+                self._heard[rank] = time.monotonic()
                 if "step" in said and said["step"] != self._seen[rank][0]:
                     self._seen[rank] = said["step"], time.monotonic()
                 if "bye" in said:
@@ -137,8 +140,10 @@ class Peers:
                 if time.monotonic() - max(when for _, when in self._seen.values()) < self.hang:
                     continue
                 least = min(step for step, _ in self._seen.values())
-                behind = ", ".join(self._called(rank) for rank, (step, _) in self._seen.items() if step == least)
-                self._end(f"no step was done for {self.hang:g} s; behind is {behind}, at step {least}", stacks=True)
+                slow = [rank for rank, (step, _) in self._seen.items() if step == least]
+                mute = [rank for rank, when in self._heard.items() if time.monotonic() - when > MUTE]
+                behind = ", ".join(map(self._called, mute or slow))
+                self._end(f"no step was done for {self.hang:g} s; behind is {behind}", stacks=True)
 
     def _end(self, why: str, stacks: bool = False) -> None:
         """Ends this process for another's sake, once; process 0 tells the rest."""

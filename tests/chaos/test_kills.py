@@ -1,4 +1,4 @@
-"""Runs that are killed, or asked to stop, at random moments of both stages, and go on: they end as if nothing had been."""
+"""Runs that are killed, or asked to stop, at random moments, and go on: they end as if nothing had been."""
 
 import os
 import random
