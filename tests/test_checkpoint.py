@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from r3jax.errors import UserError
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.verify import checksums
+from tests.damage import survive
 
 
 def place(value, mesh, *spec):
@@ -136,6 +138,11 @@ def test_a_flipped_bit_that_the_format_does_not_see_is_found(tmp_path, capfd):
     flip_bit(tmp_path, 2, "state")
     assert_same(store.restore(None, noise[1])[0], noise[1])
     assert "is damaged: x does not match its checksum; going on from step 1" in capfd.readouterr().err
+
+
+def test_damage_to_any_one_file_restores_no_wrong_value(tmp_path):
+    state = make_state()
+    assert survive(tmp_path, [make_state(1), make_state(2)], target_of(state), 12, random.Random(1)) > 2
 
 
 def test_an_empty_newest_step_is_passed_over(two):
