@@ -1,8 +1,9 @@
 """Trains a reasoning embedder.
 
-    python -m r3jax.train --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...]
+    python -m r3jax.train --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...] [--accept=NAMES]
 
-One loop for both stages. A run that was stopped goes on, bit for bit, when the same command is given again.
+One loop for both stages. A run that was stopped goes on, bit for bit, when the same command is given again. SIGTERM and
+Ctrl-C save first, and exit with 75.
 """
 
 import json
