@@ -98,7 +98,11 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
                 log.say(announce(name, plan, parts, stage))
                 del start
                 unmeasured = False
-            run_stage(stage, state, parts, checkpointers[name], log, clock, guards, stop, peers, unmeasured)
+            try:
+                run_stage(stage, state, parts, checkpointers[name], log, clock, guards, stop, peers, unmeasured)
+            except UserError:
+                checkpointers[name].wait()  # whoever mends the mistake goes on from it
+                raise
             del state
         for checkpointer in checkpointers.values():
             checkpointer.close()
