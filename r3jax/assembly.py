@@ -256,11 +256,10 @@ def _sft(p: Parts, start) -> Stage:
     c = p.config
     tx, _ = _optimiser("sft", c)
     negatives = bm25_neighbours(p.dataset, c.data.train_split) if c.data.hard_negatives else None
-    source = store.Part(p.source, lambda i: i % 4 != 0)
     return sft.SFT(
-        source=source,
+        source=p.source,
         transform=sft.PairTransform(
-            source,
+            p.source,
             p.dataset,
             p.chat,
             p.lengths,
@@ -317,7 +316,7 @@ def _rl(p: Parts, start) -> Stage:
     kind = c.index.kind if start is not None else "exact"
     index = VersionedIndex.build(vectors, 0, kind, tree_above=c.index.tree_above)
     return rl.RL(
-        source=store.Part(p.source, lambda i: i % 4 == 0),
+        source=p.source,
         queries=p.dataset.query_texts,
         documents=p.documents,
         chat=p.chat,
