@@ -233,7 +233,8 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
 
 def _let_it_be_the_last_word() -> None:
     """Libraries that hold files of a full disk would add traces to the sentence when the process ends."""
-    sys.unraisablehook = threading.excepthook = lambda *_: None
+    sys.unraisablehook = lambda _: None
+    threading.excepthook = lambda _: None
 
 
 def _split(argv: Sequence[str], entry: str, known: Mapping[str, str]) -> Iterable[tuple[str, str]]:
