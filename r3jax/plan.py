@@ -1,61 +1,219 @@
-"""What a run costs on chips that are not here."""
+"""What a run costs on chips that are not here: memory, time and communication of its real programs, compiled for them.
 
+    python -m r3jax.plan --config=configs/rl.py:SIZE --topology=NAME [--json] [--config.KEY=VALUE ...]
+
+NAME is a TPU slice (v5e:16x16, v5e-16, v6e-256, v5p-128), for which the TPU compiler compiles without a TPU (pip
+install -r requirements-plan.txt), or graphics processors (h100:32, a100:8), estimated from the same programs
+partitioned for as many fake CPU devices. The mesh and the chunks of gradient caching that fit are looked for, unless
+the command line gives them (--config.mesh.fsdp=16). Compiling takes minutes a program; what was compiled is kept in
+.cache/plan. For example:
+
+    python -m r3jax.plan --config=configs/rl.py:qwen2_5_7b --topology=v5e:16x16
+"""
+
+import json
 import pathlib
+import sys
+from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from r3jax import assembly, weights
 from r3jax.data.beir import Dataset
-from r3jax.model import lora
+from r3jax.errors import UserError
 from r3jax.model import params as model_params
-from r3jax.model.sharding import batch_parts, make_mesh
-from r3jax.planning import programs
+from r3jax.model.sharding import AXES, batch_parts, make_mesh
+from r3jax.planning import programs, report, search, topologies
+from r3jax.planning.compiled import compiled
+from r3jax.planning.programs import Program
+from r3jax.planning.topologies import Topology
+from r3jax.run import config as run_config
+from r3jax.run.config import run_main
+from r3jax.run.log import quiet_libraries
+from r3jax.stages.sft import PairTransform
 from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
+CACHE = pathlib.Path(".cache/plan")
+ROWS = {"sft": "batch_size", "rl": "prompts"}  # the field that says how many rows a stage's batch has
+BASIS = {
+    True: "compiled by the TPU compiler; rows as long as the config lets them be",
+    False: "an ESTIMATE: partitioned for fake CPU devices, whose compiler fuses less and multiplies bf16 as fp32, so "
+    "temporaries and traffic are too high",
+}
 
-class Longest(assembly.Parts):
-    """Parts of a run on texts that are all longer than the config reads, with nothing on disk."""
+
+def main(argv: list[str]) -> None:
+    argv, as_json = [word for word in argv if word != "--json"], "--json" in argv
+    flags = {"topology": "the chips, such as v5e:16x16, v5e-16, v5p-128, h100:32"}
+    parsed = run_config.parse(argv, "r3jax.plan", flags)
+    if not parsed.flags["topology"]:
+        raise UserError("--topology is missing; name the chips, such as --topology=v5e:16x16.")
+    topology = topologies.read(parsed.flags["topology"])
+    quiet_libraries()
+    topologies.prepare(topology)
+    config = parsed.config
+    weights.adopt(config, parsed.given)
+    with config.unlocked():
+        config.from_scratch = True  # no weights are looked at
+    run_config.validate(config)
+    found = make(config, topology, parsed.given, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(found, indent=1) if as_json else report.text(found))
+
+
+def make(
+    config: ConfigDict, topology: Topology, given: Iterable[str] = (), say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """The plan: the first mesh on which every program fits, else the last that was tried.
+
+    Args:
+      given: keys of the config that are not to be changed: "mesh.…", "sft.chunks", "rl.chunks".
+      say: gets a line when a compilation begins.
+    """
+    devices, chip = topologies.devices(topology), topology.chip
+    parts = _parts(config)
+    reference = parts.model.lora is None and any(config[name].kl_weight for name in ROWS if name in config)
+    if any(key.startswith("mesh.") for key in given):
+        options = [tuple(make_mesh(**config.mesh, devices=devices).shape.values())]
+    else:
+        options = list(search.meshes(parts.model, topology.chips, chip.memory, reference))
+    plan = {
+        "config": config.name,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "chip": chip.name,
+        "basis": BASIS[topology.is_tpu],
+        "tried": [],
+    }
+    if not options:
+        return plan | _too_large(parts, devices, chip)
+    for sizes in options:
+        mesh = make_mesh(*sizes, devices=devices)
+        plan |= {"mesh": dict(zip(AXES, sizes, strict=True)), "programs": []}
+        flags = [f"--config.mesh.{axis}={size}" for axis, size in plan["mesh"].items()]
+        for name in (*(stage for stage in ROWS if stage in config), "encode"):
+            rows, more, tried = _fitting(name, config, topology, mesh, given, say)
+            plan["programs"] += rows
+            plan["tried"] += tried
+            flags += more
+            if not all(row["fits"] for row in rows):
+                break
+        plan["flags"] = flags
+        if all(row["fits"] for row in plan["programs"]):
+            break
+    return plan
+
+
+def _fitting(name: str, config: ConfigDict, topology: Topology, mesh, given: Iterable[str], say):
+    """(rows, flags, misses) of one stage's programs, with the fewest chunks that fit; or of encoding."""
+    flags, misses = [], []
+    counts = [1]
+    if name != "encode":
+        field, parts = ROWS[name], batch_parts(mesh)
+        rows = -(-config[name][field] // parts)  # of a chip
+        if rows * parts != config[name][field]:
+            flags = [f"--config.{name}.{field}={rows * parts}"]
+        counts = [n for n in range(1, rows + 1) if rows % n == 0]
+        if f"{name}.chunks" in given:
+            counts = [config[name].chunks]
+        config = config.copy_and_resolve_references()
+        config[name][field] = rows * parts
+    for trial in range(search.TRIALS):
+        if name != "encode":
+            config[name].chunks = counts[0]
+        made = []
+        for program, state, model in _programs(name, config, mesh):
+            if name != "encode" and not trial and len(counts) > 1 and program.trained:
+                left = topology.chip.memory - report.on_one(state) - report.on_one(state.params)
+                tokens = program.trained // batch_parts(mesh)
+                least = search.chunks(model, rows, tokens, left, mesh.shape["tensor"])
+                if least > counts[0]:
+                    counts = [n for n in counts if n >= least]
+                    config[name].chunks = counts[0]
+                    program = next(p for p, *_ in _programs(name, config, mesh) if p.name == program.name)
+            say(f"{program.name} on {topology.name}, mesh {tuple(mesh.shape.values())}, {counts[0]} chunks")
+            found = compiled(program, topology, mesh, CACHE)
+            useful = search.weights(model) - model.vocab * model.width * (1 if model.tied else 2)
+            made.append(report.figures(program, found, state, topology.chip, topology.chips, useful))
+            if not made[-1]["fits"]:
+                break
+        if made[-1]["fits"] or not program.trained or len(counts) == 1:
+            break
+        misses.append(
+            f"{program.name}: mesh {tuple(mesh.shape.values())}, {counts[0]} chunks: {report.verdict(made[-1])}"
+        )
+        counts = counts[1:]
+    if name != "encode":
+        flags.append(f"--config.{name}.chunks={config[name].chunks}")
+    return made, flags, misses
+
+
+def _programs(name: str, config: ConfigDict, mesh) -> Iterable[tuple[Program, Any, Any]]:
+    """(program, the TrainState that lies beside it, model) of a stage, those first that depend on chunks least."""
+    parts = _parts(config)
+    object.__setattr__(parts, "mesh", mesh)
+    held = "rl" if name == "encode" and "rl" in config else "sft" if name == "encode" else name
+    state = assembly.abstract_stage_state(held, parts)
+    if parts.model.lora:
+        state = state.replace(reference=model_params.abstract(parts.model, mesh))
+    c, m = config, parts.model
+    if name == "encode":
+        longest = parts.chat.direct_extra + c.data.max_doc_tokens
+        yield programs.encoding(m, state.weights, mesh, c.evaluate.batch_size, longest), state, m
+        return
+    object.__setattr__(parts, "mesh", make_mesh(devices=jax.devices("cpu")[:1]))  # a stage keeps keys on its devices
+    stage = assembly.make_stage(name, parts, None)
+    if name == "sft":
+        transform = PairTransform(parts.source, parts.dataset, parts.chat, parts.lengths, 0.0)
+        yield programs.supervised(stage, state, mesh, transform, parts.source[0], c.sft.batch_size), state, m
+    else:
+        yield programs.rollout(stage, state.weights, mesh, c.rl.prompts), state, m
+        yield programs.policy_update(stage, state, mesh, c.rl.prompts), state, m
+
+
+class _Longest(assembly.Parts):
+    """Parts of a run whose texts are all longer than the config reads, with nothing on disk."""
 
     thinker = None
     most_positives = 1
 
     @cached_property
     def source(self):
-        return [{"query": self.dataset.query_texts[0], "query_row": 0, "positives": [0], "thought": self.dataset.doc_texts[0]}]
+        text = self.dataset.doc_texts[0]
+        return [{"query": text, "query_row": 0, "positives": [0], "thought": text}]
 
 
-def longest_parts(config: ConfigDict, mesh) -> Longest:
-    d = config.data
-    prompts = Prompts(**config.prompts)
-    size = config.rl.reward.k + 1 if "rl" in config else 1
+def _parts(config: ConfigDict) -> _Longest:
+    """With a tokenizer that knows every word of the prompts, as a published one nearly does."""
+    d, prompts = config.data, Prompts(**config.prompts)
     text = " and" * max(d.max_doc_tokens, d.max_query_tokens, d.max_thought_tokens)
-    dataset = Dataset("plan", ["d"] * size, [text] * size, ["q"], [text], {}, {}, [], "")
+    count = config.rl.reward.k if "rl" in config else 1
+    dataset = Dataset("plan", [str(i) for i in range(count)], [text] * count, ["q"], [text], {}, {}, [], "")
     tokenizer = tokenizers.train_bpe([text, *vars(prompts).values()], 2000)
     chat = ChatFormat(tokenizer, prompts)
-    return Longest(config, pathlib.Path(), mesh, dataset, chat, weights.model_config(config, tokenizer))
-
-
-def programs_of(config, mesh):
     here = make_mesh(devices=jax.devices("cpu")[:1])
-    parts = longest_parts(config, here)
-    stages = {name: assembly.make_stage(name, parts, None) for name in ("sft", "rl") if name in config}
+    return _Longest(config, pathlib.Path(), here, dataset, chat, weights.model_config(config, tokenizer))
+
+
+def _too_large(parts: _Longest, devices: list, chip) -> dict[str, Any]:
+    """A plan without a program: what the weights and their optimiser alone take, split over as many chips as can be."""
+    m = parts.model
+    tensor = max(n for n in (1, 2, 4, 8) if not (m.kv_heads % n or len(devices) % n))
+    rest = len(devices) // tensor
+    fsdp = max(n for n in range(1, rest + 1) if rest % n == 0 and m.width % n == 0)
+    mesh = make_mesh(rest // fsdp, fsdp, tensor, devices=devices)
     object.__setattr__(parts, "mesh", mesh)
-    params = model_params.abstract(parts.model, mesh)
-    def state(name):
-        s = assembly.abstract_stage_state(name, parts)
-        return s.replace(reference=params) if parts.model.lora else s
-    def rows(n, chunks):
-        k = batch_parts(mesh) * chunks
-        return -(-n // k) * k
-    out = []
-    c = config
-    transform = assembly.sft.PairTransform(parts.source, parts.dataset, parts.chat, parts.lengths, 0.0)
-    out.append(programs.supervised(stages["sft"], state("sft"), mesh, transform, parts.source[0], rows(c.sft.batch_size, c.sft.chunks)))
-    w = state("rl").weights if not parts.model.lora else lora.join(params, state("rl").params)
-    out.append(programs.rollout(stages["rl"], w, mesh, rows(c.rl.prompts, 1)))
-    out.append(programs.encoding(parts.model, w, mesh, c.evaluate.batch_size, parts.chat.direct_extra + c.data.max_doc_tokens))
-    out.append(programs.policy_update(stages["rl"], state("rl"), mesh, rows(c.rl.prompts, c.rl.chunks)))
-    return out
+    name = next(name for name in ROWS if name in parts.config)
+    state = assembly.abstract_stage_state(name, parts)
+    memory = {field: report.on_one(getattr(state, field)) for field in ("params", "opt_state", "reference")}
+    memory["gradient"] = memory["params"]
+    total = sum(memory.values())
+    row = {"program": "state", "memory": memory, "total": total, "limit": chip.memory, "fits": False}
+    return {"mesh": dict(mesh.shape), "programs": [row], "flags": []}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -128,6 +128,18 @@ def analyse(text: str, devices: int, trips: int = 1) -> Costs:
     return Costs(flops, traffic, tuple(collectives))
 
 
+def less(more: Costs, fewer: Costs) -> Costs:
+    """`more` without `fewer`, as what one more round of a loop costs."""
+    sums = {(c.kind, c.group, c.spread): c for c in fewer.collectives}
+    rest = []
+    for c in more.collectives:
+        had = sums.get((c.kind, c.group, c.spread), dataclasses.replace(c, count=0, operand_bytes=0, wire_bytes=0))
+        sizes = (c.operand_bytes - had.operand_bytes, c.wire_bytes - had.wire_bytes)
+        if c.count > had.count:
+            rest.append(Collective(c.kind, c.group, c.spread, c.count - had.count, *sizes))
+    return Costs(more.flops - fewer.flops, more.bytes - fewer.bytes, tuple(rest))
+
+
 def _sent(kind: str, group: int) -> float:
     """Bytes sent for each byte that a device puts in."""
     if kind == "collective-permute":
@@ -202,7 +214,7 @@ def _times(module: dict[str, list[_Op]], entry: str, trips: int) -> dict[str, in
 
 
 def _rounds(loop: _Op, where: str, module: dict[str, list[_Op]]) -> int | None:
-    """How often a loop runs: as XLA noted it, or, for the TPU compiler does not, by its counter. None: a run decides."""
+    """How often a loop runs: as XLA noted it, or by its counter (TPU programs have no note). None: a run decides."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition, body = ({op.name: op for op in module[loop.named(name)[0]]} for name in ("condition", "body"))

@@ -31,6 +31,7 @@ class Program:
 
     Attributes:
       read, trained, written: tokens of a call, over all devices: read forward only, read and trained on, sampled.
+      cache: bytes of keys and values on one device.
       trips: of the loop whose length only a run knows (decoding), at most; 1 where there is none.
     """
 
@@ -42,6 +43,7 @@ class Program:
     trained: int = 0
     written: int = 0
     trips: int = 1
+    cache: float = 0.0
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         with jax.set_mesh(mesh):
@@ -65,8 +67,18 @@ def rollout(stage: RL, params, mesh: Mesh, rows: int) -> Program:
     whole = NamedSharding(mesh, P())
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
     args = (params, *_abstract((prompts, lengths, lengths), mesh), key)
+    m = stage.model
+    slots = rows * (width + c.group * c.max_new)
+    cache = 2 * m.layers * slots * m.kv_heads * m.head_dim * jnp.dtype(m.compute_dtype).itemsize / mesh.size
     return Program(
-        "rollout", sample, args, c.sampling, read=rows * width, written=rows * c.group * c.max_new, trips=c.max_new
+        name="rollout",
+        function=sample,
+        args=args,
+        kwargs=c.sampling,
+        read=rows * width,
+        written=rows * c.group * c.max_new,
+        trips=c.max_new,
+        cache=cache,
     )
 
 

@@ -1,7 +1,7 @@
 """Chips, and meshes of chips that are not here.
 
-    v5e:4x4   v5e-16   v6e:16x16   v5p:4x4x4   v5p-128 (counts cores, as Google Cloud does: 64 chips)
-    h100:32   a100:8   (graphics processors, eight to a host)
+v5e:4x4   v5e-16   v6e:16x16   v5p:4x4x4   v5p-128 (counts cores, as Google Cloud does: 64 chips)
+h100:32   a100:8   (graphics processors, eight to a host)
 """
 
 import dataclasses
@@ -84,7 +84,8 @@ def read(text: str) -> Topology:
     match = re.fullmatch(r"(\w+?)([:-])(\d+(?:x\d+)*)", text)
     if not match or match[1] not in CHIPS:
         raise UserError(
-            f"--topology must be one of {', '.join(CHIPS)} and a size, such as v5e:16x16, v5p-128 or h100:32, not {text!r}."
+            f"--topology must be one of {', '.join(CHIPS)} and a size, such as v5e:16x16, v5p-128 or h100:32, "
+            f"not {text!r}."
         )
     kind, sign, size = match.groups()
     if kind in SIDES and "x" not in size:
@@ -132,11 +133,10 @@ def devices(topology: Topology) -> list:
 
 def prepare(topology: Topology) -> None:
     """Sets what must be set before JAX looks for devices: no TPU is asked for, and fake processors are made."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_platforms", "cpu")
     if topology.is_tpu:
         # libtpu looks for a machine otherwise, and waits; the type only has to exist, whatever is compiled for.
-        asked = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-        for name, value in (asked | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}).items():
-            os.environ.setdefault(name, value)
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+        os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
     else:
         jax.config.update("jax_num_cpu_devices", topology.chips)
