@@ -25,6 +25,7 @@ from r3jax import assembly, weights
 from r3jax.data.beir import Dataset
 from r3jax.errors import UserError
 from r3jax.model import params as model_params
+from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import AXES, batch_parts, make_mesh
 from r3jax.planning import programs, report, search, topologies
 from r3jax.planning.compiled import compiled
@@ -34,6 +35,7 @@ from r3jax.run import config as run_config
 from r3jax.run.config import run_main
 from r3jax.run.log import quiet_libraries
 from r3jax.stages.sft import PairTransform
+from r3jax.stages.state import TrainState
 from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
@@ -108,51 +110,53 @@ def make(
 
 
 def _fitting(name: str, config: ConfigDict, topology: Topology, mesh, given: Iterable[str], say):
-    """(rows, flags, misses) of one stage's programs, with the fewest chunks that fit; or of encoding."""
-    flags, misses = [], []
-    counts = [1]
-    if name != "encode":
-        field, parts = ROWS[name], batch_parts(mesh)
-        rows = -(-config[name][field] // parts)  # of a chip
-        if rows * parts != config[name][field]:
-            flags = [f"--config.{name}.{field}={rows * parts}"]
-        counts = [n for n in range(1, rows + 1) if rows % n == 0]
-        if f"{name}.chunks" in given:
-            counts = [config[name].chunks]
-        config = config.copy_and_resolve_references()
-        config[name][field] = rows * parts
-    for trial in range(search.TRIALS):
-        if name != "encode":
-            config[name].chunks = counts[0]
-        made = []
-        for program, state, model in _programs(name, config, mesh):
-            if name != "encode" and not trial and len(counts) > 1 and program.trained:
-                left = topology.chip.memory - report.on_one(state) - report.on_one(state.params)
-                tokens = program.trained // batch_parts(mesh)
-                least = search.chunks(model, rows, tokens, left, mesh.shape["tensor"])
-                if least > counts[0]:
-                    counts = [n for n in counts if n >= least]
-                    config[name].chunks = counts[0]
-                    program = next(p for p, *_ in _programs(name, config, mesh) if p.name == program.name)
-            say(f"{program.name} on {topology.name}, mesh {tuple(mesh.shape.values())}, {counts[0]} chunks")
-            found = compiled(program, topology, mesh, CACHE)
-            useful = search.weights(model) - model.vocab * model.width * (1 if model.tied else 2)
-            made.append(report.figures(program, found, state, topology.chip, topology.chips, useful))
-            if not made[-1]["fits"]:
-                break
-        if made[-1]["fits"] or not program.trained or len(counts) == 1:
+    """(rows, flags, misses) of a stage's programs with the fewest chunks that fit, or of encoding."""
+    if name == "encode":
+        return _rows(name, config, topology, mesh, say), [], []
+    config, field, parts = config.copy_and_resolve_references(), ROWS[name], batch_parts(mesh)
+    per_chip = -(-config[name][field] // parts)
+    flags = []
+    if per_chip * parts != config[name][field]:
+        config[name][field] = per_chip * parts
+        flags = [f"--config.{name}.{field}={per_chip * parts}"]
+    counts = [config[name].chunks]
+    if f"{name}.chunks" not in given:
+        counts = [n for n in range(_least_chunks(name, config, topology, mesh), per_chip + 1) if per_chip % n == 0]
+    misses = []
+    for count in counts[: search.TRIALS]:
+        config[name].chunks = count
+        rows = _rows(name, config, topology, mesh, say)
+        if rows[-1]["fits"] or rows[-1]["program"] == "rollout":  # which knows no chunks
             break
-        misses.append(
-            f"{program.name}: mesh {tuple(mesh.shape.values())}, {counts[0]} chunks: {report.verdict(made[-1])}"
-        )
-        counts = counts[1:]
-    if name != "encode":
-        flags.append(f"--config.{name}.chunks={config[name].chunks}")
-    return made, flags, misses
+        misses.append(f"{name} in {count} chunks, mesh {tuple(mesh.shape.values())}: {report.verdict(rows[-1])}")
+    return rows, [*flags, f"--config.{name}.chunks={count}"], misses
 
 
-def _programs(name: str, config: ConfigDict, mesh) -> Iterable[tuple[Program, Any, Any]]:
-    """(program, the TrainState that lies beside it, model) of a stage, those first that depend on chunks least."""
+def _least_chunks(name: str, config: ConfigDict, topology: Topology, mesh) -> int:
+    """Where to begin: by arithmetic, on a batch in one chunk."""
+    config[name].chunks = 1
+    *_, (program, state, model) = _programs(name, config, mesh)
+    left = topology.chip.memory - report.on_one(state) - report.on_one(state.params)  # the gradient is as large
+    parts = batch_parts(mesh)
+    rows = config[name][ROWS[name]] // parts
+    return search.chunks(model, rows, program.trained // parts, left, mesh.shape["tensor"])
+
+
+def _rows(name: str, config: ConfigDict, topology: Topology, mesh, say) -> list[dict[str, Any]]:
+    """Figures of a stage's programs, up to the first that does not fit."""
+    rows = []
+    for program, state, model in _programs(name, config, mesh):
+        say(f"{program.name} on {topology.name}, mesh {tuple(mesh.shape.values())}")
+        found = compiled(program, topology, mesh, CACHE)
+        useful = search.weights(model) - model.vocab * model.width * (1 if model.tied else 2)
+        rows.append(report.figures(program, found, state, topology.chip, topology.chips, useful))
+        if not rows[-1]["fits"]:
+            break
+    return rows
+
+
+def _programs(name: str, config: ConfigDict, mesh) -> Iterable[tuple[Program, TrainState, ModelConfig]]:
+    """(program, the TrainState that lies beside it, model) of a stage, its update last; or of encoding."""
     parts = _parts(config)
     object.__setattr__(parts, "mesh", mesh)
     held = "rl" if name == "encode" and "rl" in config else "sft" if name == "encode" else name

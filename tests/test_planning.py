@@ -1,5 +1,11 @@
 """The plan's parts: costs read from compiled programs, roofline, names of topologies, and the smallest plan of all."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,6 +20,7 @@ from r3jax.model.sharding import make_mesh
 from r3jax.planning import hlo, roofline, search, topologies
 from r3jax.planning.compiled import _short
 
+ROOT = pathlib.Path(__file__).parent.parent
 FIELDS = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied")
 DEPTH, ROWS, WIDTH = 12, 32, 64
 
@@ -164,6 +171,8 @@ def test_matrix_products(left, right, line, want):
         ("replica_groups=mesh['x'=2,'y'=4] {'x','y'}", 8, 7),
         ("replica_groups=mesh['x'=2,'y'=4] {'y':(1)2}", 2, 2),
         ("replica_groups=mesh['x'=2,'y'=4] {'y':(2)2}", 2, 1),
+        ("replica_groups=mesh['x'=4,'y'=1,'z'=2], device_ids=([2,4]T(1,0)) {'x'}", 4, 3),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=(0,3,1,2) {'y'}", 2, 3),
         ("", 8, 7),
     ],
 )
@@ -236,5 +245,77 @@ def test_the_order_of_trials():
     assert list(search.meshes(large, 16, memory, True)) == []
     assert next(search.meshes(large, 256, memory, True)) == (1, 256, 1)
     assert search.weights(small) == 494_032_768  # as transformers counts them
-    counts = [search.chunks(small, 16, 16 * 1300, left, 1) for left in (1e12, 4e9, 1e9)]
+    counts = [search.chunks(small, 16, 16 * 1300, left, 1) for left in (1e12, 3e9, 1e9)]
     assert counts[0] == 1 < counts[1] <= counts[2] == 16
+
+
+def planned(words, capsys):
+    capsys.readouterr()
+    plan.main(words)
+    return capsys.readouterr().out
+
+
+def test_a_plan_for_graphics_processors(capsys, monkeypatch, tmp_path):
+    """The whole verb, on fake devices: bytes by hand, the mesh it suggests, and what it remembers."""
+    monkeypatch.setattr(plan, "CACHE", tmp_path)
+    words = ["--config=configs/sft.py", "--topology=h100:8", "--config.model.layers=1", "--config.sft.batch_size=24"]
+    found = json.loads(planned([*words, "--config.sft.kl_weight=0.1", "--json"], capsys))
+    assert "ESTIMATE" in found["basis"] and found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert [row["program"] for row in found["programs"]] == ["SFT step", "encoding"]
+    step, encoding = found["programs"]
+    config = ModelConfig(1, 128, 4, 2, 32, 512, 4096)
+    for row in (step, encoding):
+        memory = row["memory"]
+        assert memory["parameters"] == memory["reference"] == 4 * search.weights(config)
+        assert memory["optimiser"] == pytest.approx(8 * search.weights(config), rel=1e-4)
+        assert row["fits"] and row["total"] == sum(memory.values()) < row["limit"]
+    sent = {c["kind"]: c for c in step["parts"][0]["collectives"]}
+    # Each chip reduces the gradients of all weights at least once.
+    assert sent["all-reduce"]["operand_bytes"] >= 4 * search.weights(config)
+    assert step["parts"][0]["flops"] > 3 * encoding["parts"][0]["flops"] > 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: pytest.fail("compiled again"))
+    said = planned([*words, "--config.sft.kl_weight=0.1"], capsys)
+    assert "SFT step: 0." in said and "fits" in said
+    assert "use: --config.mesh.data=8 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.sft.chunks=1" in said
+
+
+def test_a_model_that_no_mesh_holds(capsys, monkeypatch, tmp_path):
+    """Nothing is compiled; the bytes that lack are said."""
+    monkeypatch.setattr(plan, "CACHE", tmp_path)
+    words = ["--config=configs/sft.py:qwen2_5_72b", "--topology=h100:8", "--json"]
+    (row,) = json.loads(planned(words, capsys))["programs"]
+    assert not row["fits"] and not list(tmp_path.iterdir())
+    assert row["total"] == pytest.approx(search.weights(shape("72b")) * 20 / 8, rel=0.01)
+    assert f"{row['total'] - row['limit']:,.0f} bytes too many" in planned(words[:2], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--topology is missing"),
+        (["--topology=h100:8", "--config.mesh.fsdp=3"], "does not multiply to the 8 devices"),
+        (["--topology=h100:4096"], "needs 4096 fake devices, there are 8"),
+    ],
+)
+def test_mistakes(words, said):
+    with pytest.raises(UserError, match=said):
+        plan.main(["--config=configs/sft.py", *words])
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler():
+    """A plan for a slice of four, by the TPU compiler, without a TPU (`make plan-deps` brings the compiler)."""
+    words = ["--config=configs/rl.py", "--topology=v5e:2x2", "--config.model.layers=1", "--json"]
+    command = [sys.executable, "-m", "r3jax.plan", *words]
+    paths = os.pathsep.join([str(ROOT / ".venv" / "libtpu"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    names = [part["name"] for row in found["programs"] for part in row["parts"]]
+    assert names == ["SFT step", "prefill", "decoding, a token", "policy update", "encoding"]
+    assert all(row["fits"] for row in found["programs"]) and found["basis"].startswith("compiled by the TPU compiler")
+    step = found["programs"][0]["parts"][0]
+    assert step["flops"] > 0 and step["seconds"]["overlapped"] > 0 and 0 < step["mfu"][0] <= step["mfu"][1] < 1

@@ -321,7 +321,7 @@ def _read(inner: list[_Op], place: int, shapes: tuple[_Shape, ...], passing: boo
     parameter = next((op.name for op in inner if op.code == "parameter" and op.inside.strip() == str(place)), None)
     users = list(_users(inner, parameter))
     if not whole or not users:
-        return whole
+        return 0.0
     if all(op.code in SLICES for op in users):
         return min(whole, sum(s.bytes for op in users for s in op.shapes))
     if all(op.code == "dynamic-update-slice" and op.operands[0] == parameter for op in users):
@@ -362,23 +362,43 @@ def _group(op: _Op, devices: int) -> tuple[int, int]:
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", op.attributes)
         ends = re.findall(r"(\d+),(\d+)", pairs[1]) if pairs else []
         return 2, max((abs(int(a) - int(b)) for a, b in ends), default=0)
-    if axes := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", op.attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
-        names, size, spread = list(sizes), 1, 0
-        for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes[2]):
-            inner = math.prod(sizes[n] for n in names[names.index(name) + 1 :])
-            many = int(part or sizes[name])
-            inner *= sizes[name] // (int(before or 1) * many)
-            size, spread = size * many, spread + (many - 1) * inner
-        return size, spread
+    if axes := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", op.attributes):
+        groups = _mesh_groups(axes[1], axes[2], axes[3])
+        return groups.shape[-1], int((groups.max(-1) - groups.min(-1)).max())
     if tiles := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.attributes):
-        shape, dims = (tuple(int(d) for d in tiles[i].split(",")) for i in (1, 2))
-        numbers = np.arange(math.prod(dims)).reshape(dims)
-        if tiles[3]:
-            numbers = numbers.transpose([int(d) for d in tiles[3].split(",")])
-        groups = numbers.reshape(shape)
+        shape = [int(d) for d in tiles[1].split(",")]
+        groups = _counted(tiles[2], tiles[3]).reshape(shape)
         return shape[-1], int((groups.max(-1) - groups.min(-1)).max())
     if lists := re.search(r"replica_groups=\{(\{.*?\})\}", op.attributes):
         listed = [[int(d) for d in group.split(",") if d] for group in re.findall(r"\{([\d,\s]*)\}", lists[1])]
         return len(listed[0]), max(max(g) - min(g) for g in listed)
     return devices, devices - 1
+
+
+def _counted(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, … in the shape `dims`, transposed."""
+    shape = [int(d) for d in dims.split(",")]
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose([int(d) for d in order.split(",")]) if order else numbers
+
+
+def _mesh_groups(mesh: str, ids: str | None, axes: str) -> np.ndarray:
+    """[groups, devices] of "'x'=2,'y'=4", the devices' numbers if they are not in order, "'y':(1)2".
+
+    "(before)size" is a part of an axis: of size `size`, with `before` larger parts outside of it.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    chosen = {name: (before, part) for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}
+    shape, moved = [], []
+    for name, size in sizes.items():
+        before, part = (int(n or 0) for n in chosen.get(name, ("", "")))
+        pieces = [before, part, size // (before * part)] if part else [size]
+        if name in chosen:
+            moved.append(len(shape) + (1 if part else 0))
+        shape += pieces
+    if ids and (tiles := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", ids)):
+        numbers = _counted(tiles[1], tiles[2])
+    else:
+        numbers = np.array(ids.split(","), int) if ids else np.arange(math.prod(shape))
+    numbers = np.moveaxis(numbers.reshape(shape), moved, range(-len(moved), 0))
+    return numbers.reshape(-1, math.prod(shape[i] for i in moved))

@@ -4,6 +4,7 @@ v5e:4x4   v5e-16   v6e:16x16   v5p:4x4x4   v5p-128 (counts cores, as Google Clou
 h100:32   a100:8   (graphics processors, eight to a host)
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -126,7 +127,7 @@ def devices(topology: Topology) -> list:
         said = str(e).splitlines()[0] if str(e) else type(e).__name__
         if "libtpu" in said.lower() or "unknown backend" in said.lower() or "not found" in said.lower():
             raise UserError(
-                "--topology: the TPU compiler is missing; install it: pip install -r requirements-plan.txt."
+                "--topology: the TPU compiler is not installed; pip install -r requirements-plan.txt."
             ) from None
         raise UserError(f"--topology: the TPU compiler knows no {topology.name} ({said}).") from None
 
@@ -139,4 +140,5 @@ def prepare(topology: Topology) -> None:
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
         os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
     else:
-        jax.config.update("jax_num_cpu_devices", topology.chips)
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already; `devices` counts them
+            jax.config.update("jax_num_cpu_devices", topology.chips)
