@@ -55,8 +55,7 @@ def table(found: dict) -> str:
         mesh = "×".join(str(n) for n in made["mesh"].values())
         for row in made["programs"]:
             gib = f"{row['total'] / GIB:.1f} of {row['limit'] / GIB:.1f}"
-            over = row["memory"].get("short", row["total"] - row["limit"])
-            fits = "yes" if row["fits"] else f"no: {over:,.0f} bytes too many"
+            fits = "yes" if row["fits"] else f"no: {row['total'] - row['limit']:,.0f} bytes too many"
             for part in row.get("parts", [{}]):
                 cells = [size, name, mesh, part.get("name", row["program"]), gib, fits]
                 if part:

@@ -1,6 +1,7 @@
 """A plan as figures of one chip, and as text."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,15 +15,8 @@ from r3jax.planning.topologies import GIB, Chip
 def on_one(tree) -> float:
     """Bytes that a tree of abstract arrays takes of one device."""
     return float(
-        sum(leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+        sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
     )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: int, useful_weights: float) -> dict:
@@ -34,22 +28,19 @@ def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: in
     held = {"parameters": on_one(state.params), "optimiser": on_one((state.step, state.opt_state))}
     held["reference"] = on_one(state.reference)
     given = on_one(program.args) + on_one([x for x in program.kwargs.values() if hasattr(x, "sharding")])
-    taken = sum(held.values()) if program.trained else held["parameters"]
     memory = held | {
-        "batch": given - taken,
+        "batch": given - on_one(program.args[0]),  # which is the state, or its weights
         "cache": program.cache,
         "temporaries": found.temporaries - program.cache,
         "results and code": found.results + found.code,
         # The compiler's layouts pad what lies in memory.
-        "padding": found.arguments - given if not found.short else 0.0,
+        "padding": found.arguments - given,
     }
+    row: dict[str, Any] = {"program": program.name, "limit": chip.memory}
     if found.short:
-        memory = held | {"short": found.short}
+        return row | {"memory": held, "total": chip.memory + found.short, "fits": False}
     total = sum(memory.values())
-    row: dict[str, Any] = {"program": program.name, "memory": memory, "total": total, "limit": chip.memory}
-    row["fits"] = not found.short and total <= chip.memory
-    if found.short:
-        return row
+    row |= {"memory": memory, "total": total, "fits": total <= chip.memory}
     parts = {program.name: (found.once, 6 * program.trained + 2 * program.read)}
     if program.trips > 1:
         token = 2 * program.written / program.trips
@@ -104,10 +95,7 @@ def text(plan: dict) -> str:
 
 
 def verdict(row: dict) -> str:
-    if row["fits"]:
-        return "fits"
-    over = row["memory"].get("short", row["total"] - row["limit"])
-    return f"does not fit: {over:,.0f} bytes too many"
+    return "fits" if row["fits"] else f"does not fit: {row['total'] - row['limit']:,.0f} bytes too many"
 
 
 def _time(seconds: float) -> str:

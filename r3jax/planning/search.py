@@ -3,6 +3,7 @@
 Only an order of trials comes from here; the compiler says what fits.
 """
 
+import math
 from collections.abc import Iterator
 
 from r3jax.model.qwen2 import ModelConfig, parameter_table
@@ -14,13 +15,7 @@ TRIALS = 4
 
 def weights(model: ModelConfig) -> int:
     """Number of weights."""
-    total = 0
-    for shape, _ in parameter_table(model).values():
-        size = 1
-        for n in shape:
-            size *= n
-        total += size
-    return total
+    return sum(math.prod(shape) for shape, _ in parameter_table(model).values())
 
 
 def meshes(model: ModelConfig, chips: int, memory: float, reference: bool) -> Iterator[tuple[int, int, int]]:
@@ -41,9 +36,8 @@ def meshes(model: ModelConfig, chips: int, memory: float, reference: bool) -> It
             share = per_chip / (fsdp * tensor) / memory
             if share < 0.9:
                 found.append((share > ROOM, tensor, fsdp, (rest // fsdp, fsdp, tensor)))
-    found.sort()
     seen = set()
-    for *_, tensor, _, mesh in found:
+    for _, tensor, _, mesh in sorted(found):
         if tensor not in seen:  # one of each: another length of fsdp changes little
             seen.add(tensor)
             yield mesh
