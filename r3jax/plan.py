@@ -11,6 +11,7 @@ the command line gives them (--config.mesh.fsdp=16). Compiling takes minutes a p
     python -m r3jax.plan --config=configs/rl.py:qwen2_5_7b --topology=v5e:16x16
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -77,11 +78,13 @@ def make(
     """
     devices, chip = topologies.devices(topology), topology.chip
     parts = _parts(config)
-    reference = parts.model.lora is None and any(config[name].kl_weight for name in ROWS if name in config)
+    per_weight = search.STATE + search.REFERENCE * any(config[name].kl_weight for name in ROWS if name in config)
+    if parts.model.lora:
+        per_weight = 2  # the frozen base; the adapter is small beside it
     if any(key.startswith("mesh.") for key in given):
         options = [tuple(make_mesh(**config.mesh, devices=devices).shape.values())]
     else:
-        options = list(search.meshes(parts.model, topology.chips, chip.memory, reference))
+        options = list(search.meshes(parts.model, topology.chips, chip.memory, per_weight))
     plan = {
         "config": config.name,
         "topology": topology.name,
@@ -158,24 +161,27 @@ def _rows(name: str, config: ConfigDict, topology: Topology, mesh, say) -> list[
 def _programs(name: str, config: ConfigDict, mesh) -> Iterable[tuple[Program, TrainState, ModelConfig]]:
     """(program, the TrainState that lies beside it, model) of a stage, its update last; or of encoding."""
     parts = _parts(config)
-    object.__setattr__(parts, "mesh", mesh)
+    there = dataclasses.replace(parts, mesh=mesh)
     held = "rl" if name == "encode" and "rl" in config else "sft" if name == "encode" else name
-    state = assembly.abstract_stage_state(held, parts)
-    if parts.model.lora:
-        state = state.replace(reference=model_params.abstract(parts.model, mesh))
+    state = _state(held, there)
     c, m = config, parts.model
     if name == "encode":
         longest = parts.chat.direct_extra + c.data.max_doc_tokens
         yield programs.encoding(m, state.weights, mesh, c.evaluate.batch_size, longest), state, m
         return
-    object.__setattr__(parts, "mesh", make_mesh(devices=jax.devices("cpu")[:1]))  # a stage keeps keys on its devices
-    stage = assembly.make_stage(name, parts, None)
+    stage = assembly.make_stage(name, parts, None)  # on a device of this machine, for it keeps keys there
     if name == "sft":
         transform = PairTransform(parts.source, parts.dataset, parts.chat, parts.lengths, 0.0)
         yield programs.supervised(stage, state, mesh, transform, parts.source[0], c.sft.batch_size), state, m
     else:
         yield programs.rollout(stage, state.weights, mesh, c.rl.prompts), state, m
         yield programs.policy_update(stage, state, mesh, c.rl.prompts), state, m
+
+
+def _state(name: str, parts: assembly.Parts) -> TrainState:
+    """A stage's TrainState on abstract arrays; an adapter's base is its reference."""
+    state = assembly.abstract_stage_state(name, parts)
+    return state.replace(reference=model_params.abstract(parts.model, parts.mesh)) if parts.model.lora else state
 
 
 class _Longest(assembly.Parts):
@@ -204,14 +210,10 @@ def _parts(config: ConfigDict) -> _Longest:
 
 def _too_large(parts: _Longest, devices: list, chip) -> dict[str, Any]:
     """A plan without a program: what the weights and their optimiser alone take, split over as many chips as can be."""
-    m = parts.model
-    tensor = max(n for n in (1, 2, 4, 8) if not (m.kv_heads % n or len(devices) % n))
-    rest = len(devices) // tensor
-    fsdp = max(n for n in range(1, rest + 1) if rest % n == 0 and m.width % n == 0)
-    mesh = make_mesh(rest // fsdp, fsdp, tensor, devices=devices)
-    object.__setattr__(parts, "mesh", mesh)
+    fsdp, tensor = max(search.splits(parts.model, len(devices)), key=lambda split: split[0] * split[1])
+    mesh = make_mesh(-1, fsdp, tensor, devices=devices)
     name = next(name for name in ROWS if name in parts.config)
-    state = assembly.abstract_stage_state(name, parts)
+    state = _state(name, dataclasses.replace(parts, mesh=mesh))
     memory = {field: report.on_one(getattr(state, field)) for field in ("params", "opt_state", "reference")}
     memory["gradient"] = memory["params"]
     total = sum(memory.values())

@@ -241,9 +241,9 @@ def test_the_order_of_trials():
     """No tensor axis where none is needed; a model that no mesh holds has none; chunks divide the rows."""
     small, large = shape("0_5b"), shape("72b")
     memory = topologies.CHIPS["v5e"].memory
-    assert next(search.meshes(small, 16, memory, True)) == (8, 2, 1)
-    assert list(search.meshes(large, 16, memory, True)) == []
-    assert next(search.meshes(large, 256, memory, True)) == (1, 256, 1)
+    assert next(search.meshes(small, 16, memory, 20)) == (8, 2, 1)
+    assert list(search.meshes(large, 16, memory, 20)) == []
+    assert next(search.meshes(large, 256, memory, 20)) == (1, 256, 1)
     assert search.weights(small) == 494_032_768  # as transformers counts them
     counts = [search.chunks(small, 16, 16 * 1300, left, 1) for left in (1e12, 3e9, 1e9)]
     assert counts[0] == 1 < counts[1] <= counts[2] == 16

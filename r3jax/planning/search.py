@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from r3jax.model.qwen2 import ModelConfig, parameter_table
 
-STATE = 16  # bytes a weight: fp32 weight, two moments, gradient
+STATE = 16  # bytes a weight in training: fp32 weight, two moments, gradient
+REFERENCE = 4  # and of a frozen copy in fp32
 ROOM = 0.5  # of the memory that the state may take before activations
 TRIALS = 4
 
@@ -18,24 +19,31 @@ def weights(model: ModelConfig) -> int:
     return sum(math.prod(shape) for shape, _ in parameter_table(model).values())
 
 
-def meshes(model: ModelConfig, chips: int, memory: float, reference: bool) -> Iterator[tuple[int, int, int]]:
-    """(data, fsdp, tensor) that hold the state, the best first.
+def splits(model: ModelConfig, chips: int) -> list[tuple[int, int]]:
+    """Every (fsdp, tensor) that divides the model and the chips."""
+    tensors = [n for n in (1, 2, 4, 8) if not any(x % n for x in (chips, model.kv_heads, model.ffn, model.vocab))]
+    return [
+        (fsdp, tensor)
+        for tensor in tensors
+        for fsdp in range(1, chips // tensor + 1)
+        if (chips // tensor) % fsdp == 0 and model.width % fsdp == 0
+    ]
+
+
+def meshes(model: ModelConfig, chips: int, memory: float, per_weight: float) -> Iterator[tuple[int, int, int]]:
+    """(data, fsdp, tensor) that hold a state of `per_weight` bytes for each weight, the best first.
 
     As little of `tensor` as possible, for it moves activations at every layer; then the shortest `fsdp` that leaves
     half of the memory to activations: gathering weights costs every chip the same bytes whatever its length, and short
     rings are near. What is left is `data`.
     """
-    per_chip = weights(model) * (STATE + 4 * reference)
     found = []
-    for tensor in (1, 2, 4, 8):
-        if chips % tensor or any(n % tensor for n in (model.kv_heads, model.ffn, model.vocab)):
-            continue
-        rest = chips // tensor
-        lengths = [n for n in range(1, rest + 1) if rest % n == 0 and model.width % n == 0]
-        for fsdp in lengths:
-            share = per_chip / (fsdp * tensor) / memory
-            if share < 0.9:
-                found.append((share > ROOM, tensor, fsdp, (rest // fsdp, fsdp, tensor)))
+    for fsdp, tensor in splits(model, chips):
+        share = weights(model) * per_weight / (fsdp * tensor) / memory
+        if share < 1:
+            found.append(
+                (share > ROOM, tensor, -fsdp if share > ROOM else fsdp, (chips // (fsdp * tensor), fsdp, tensor))
+            )
     seen = set()
     for _, tensor, _, mesh in sorted(found):
         if tensor not in seen:  # one of each: another length of fsdp changes little
