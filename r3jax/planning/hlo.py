@@ -88,9 +88,9 @@ class _Op:
     @property
     def called(self) -> list[str]:
         """Computations it runs once (a loop's are not among them)."""
-        names = ("calls", "called_computations", "branch_computations", "true_computation", "false_computation")
+        names = ["calls", "called_computations", "branch_computations", "true_computation", "false_computation"]
         if self.code in ("call", "async-start"):
-            names += ("to_apply",)
+            names.append("to_apply")
         return [name for attribute in names for name in self.named(attribute)]
 
 
@@ -389,7 +389,8 @@ def _mesh_groups(mesh: str, ids: str | None, axes: str) -> np.ndarray:
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     chosen = {name: (before, part) for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}
-    shape, moved = [], []
+    shape: list[int] = []
+    moved: list[int] = []
     for name, size in sizes.items():
         before, part = (int(n or 0) for n in chosen.get(name, ("", "")))
         pieces = [before, part, size // (before * part)] if part else [size]
