@@ -321,3 +321,10 @@ def test_the_tpu_compiler():
     assert all(row["fits"] for row in found["programs"]) and found["basis"].startswith("compiled by the TPU compiler")
     step = found["programs"][0]["parts"][0]
     assert step["flops"] > 0 and step["seconds"]["overlapped"] > 0 and 0 < step["mfu"][0] <= step["mfu"][1] < 1
+
+
+def test_no_import_chooses_devices():
+    """Fake devices, and a cluster's processes, must be asked for before JAX first looks for devices."""
+    code = "import r3jax.plan, jax\nassert not jax._src.xla_bridge._backends"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
