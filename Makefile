@@ -13,7 +13,7 @@ RUN := .venv/.run-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements.txt requirements-serve.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow chaos lint format seeds clean
+.PHONY: help install train test test-slow chaos plan-deps lint format seeds clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -39,7 +39,10 @@ train: $(RUN) ## both stages on the bundled data set, evaluation, report (needs 
 test: $(DEV) ## the tests, without the slow ones
 	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
 
-test-slow: $(DEV) ## the slow tests
+plan-deps: $(PY) ## the TPU compiler beside .venv's packages, for r3jax.plan: export PYTHONPATH=.venv/libtpu
+	@test -d .venv/libtpu || $(PY) -m pip install --quiet --no-deps --target .venv/libtpu -r requirements-plan.txt
+
+test-slow: $(DEV) plan-deps ## the slow tests
 	$(PY) -m pytest -q -m slow --ignore=tests/chaos --durations=10
 
 chaos: $(DEV) ## kills, stops, damaged checkpoints, full disks, lost processes: half an hour

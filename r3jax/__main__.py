@@ -13,6 +13,7 @@ from r3jax.run.config import run_main
 
 VERBS = {
     "train": "trains a model: supervision, then reinforcement learning",
+    "plan": "memory, time and communication of a run on chips that are not here",
     "convert": "published checkpoints in and out",
     "encode": "a corpus to vectors on disk; goes on where it was stopped",
     "index": "builds an index over encoded documents, adds to it, deletes from it",
