@@ -1,8 +1,9 @@
-"""Sampling a group of thoughts per prompt: ours, transformers' generate, TRL's and Tunix's: python -m bench.rollout [SIZE ...]
+"""Sampling a group of thoughts per prompt beside transformers and Tunix: python -m bench.rollout [SIZE ...] [--rounds=N]
 
 8 prompts x 8 samples in float32 at temperature 1: 64 new tokens that hardly ever stop early, and up to 256 with natural
-stops, one token in 96 (`models.stop_ids`). Tokens are counted up to and with the one that ends the text. transformers,
-and TRL with it, repeat the prompt for every sample.
+stops, one token in 96 (`models.stop_ids`). Tokens are counted up to and with the one that ends the text. transformers
+and Tunix repeat the prompt for every sample. TRL's rollout is transformers' `generate`; bench.rl_step times it there.
+Tunix samples by top_p, here 1, as its GRPO does by default.
 """
 
 import functools
@@ -93,6 +94,79 @@ def transformers(folder: str, new: int, stops: bool):
     return measure
 
 
+def tunix(folder: str, new: int, stops: bool):
+    import pathlib
+
+    import jax
+    import numpy as np
+    from tunix.generate.sampler import CacheConfig, Sampler
+    from tunix.models.qwen2.model import ModelConfig
+    from tunix.models.qwen2.params import create_model_from_safe_tensors
+
+    from r3jax.model.hugging_face_config import read_config
+    from r3jax.text import tokenizer
+
+    c, t = read_config(pathlib.Path(folder)), tokenizer.load(folder)
+    config = ModelConfig(
+        num_layers=c["layers"],
+        vocab_size=c["vocab"],
+        embed_dim=c["width"],
+        hidden_dim=c["ffn"],
+        num_heads=c["heads"],
+        head_dim=c["head_dim"],
+        num_kv_heads=c["kv_heads"],
+        rope_theta=int(c["rope_theta"]),
+        norm_eps=c["norm_eps"],
+        use_tied_embedding=True,
+    )
+    rows = models.prompts(folder, PROMPTS)
+    width = max(map(len, rows))
+
+    class Rows:
+        """Stands for Tunix's tokenizer: the text "3" is the fourth prompt."""
+
+        def encode(self, text: str) -> list[int]:
+            return rows[int(text)]
+
+        def decode(self, ids) -> str:
+            return ""
+
+        def bos_id(self) -> int:
+            return 0  # none is put in front
+
+        def eos_id(self) -> int:
+            return t.embed_id
+
+        def pad_id(self) -> int:
+            return t.pad_id
+
+    sampler = Sampler(
+        create_model_from_safe_tensors(folder, config, dtype=jax.numpy.float32),
+        Rows(),
+        CacheConfig(width + new, c["layers"], c["kv_heads"], c["head_dim"]),
+    )
+    eos = ends(c["vocab"], stops, {t.embed_id, t.im_end_id, t.pad_id})
+    seeds = iter(range(1000))
+
+    def measure() -> dict:
+        begin = time.perf_counter()
+        made = sampler(
+            [str(i) for i in range(PROMPTS) for _ in range(GROUP)],
+            max_generation_steps=new,
+            max_prompt_length=width,
+            eos_tokens=eos,
+            temperature=1.0,
+            top_p=1.0,
+            seed=next(seeds),
+        )
+        seconds = time.perf_counter() - begin
+        # Its rows end before the token that ends them.
+        return {"seconds": seconds, "tokens": int(sum(min(len(np.asarray(x)) + 1, new) for x in made.tokens))}
+
+    measure()
+    return measure
+
+
 def written(texts, eos) -> int:
     """Tokens of rows up to and with the first that ends them."""
     import numpy as np
@@ -140,7 +214,7 @@ def report(size: str, case: str, found: dict, peak: dict) -> None:
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words[:1] == ["worker"]:
-        makers = {"ours": ours, "transformers": transformers}
+        makers = {"ours": ours, "transformers": transformers, "tunix": tunix}
         serve(functools.partial(makers[words[1]], **json.loads(words[2])))
     else:
         rounds = next((int(w.split("=")[1]) for w in words if w.startswith("--rounds=")), 5)
