@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -69,32 +70,38 @@ def write(target: pathlib.Path, size: str) -> None:
         export.fill(target, weights, what, 2**40)
 
 
+def chat(name: str):
+    """The chat format of such a folder."""
+    from r3jax.text import settings, tokenizer
+    from r3jax.text.prompts import ChatFormat
+
+    path = pathlib.Path(name)
+    return ChatFormat(tokenizer.load(path), settings.read(path).prompts)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ours:
     """A folder as we read it."""
 
-    model: object
-    params: object
-    mesh: object
-    chat: object
+    model: Any
+    params: Any
+    mesh: Any
+    chat: Any
 
 
 def ours(name: str, **changes) -> Ours:
-    """Our model of such a folder, on the mesh of this process's devices. Wants no mesh set; sets none."""
+    """Our model of such a folder on this process's devices; `changes` of its ModelConfig."""
     import jax
 
     from r3jax import weights
     from r3jax.model.hugging_face_config import read_config
     from r3jax.model.qwen2 import ModelConfig
     from r3jax.model.sharding import make_mesh
-    from r3jax.text import settings, tokenizer
-    from r3jax.text.prompts import ChatFormat
 
-    path, mesh = pathlib.Path(name), make_mesh()
+    path, mesh, words = pathlib.Path(name), make_mesh(), chat(name)
     model = ModelConfig(**(read_config(path) | changes))
-    chat = ChatFormat(tokenizer.load(path), settings.read(path).prompts)
     with jax.set_mesh(mesh):
-        return Ours(model, weights.load_published(path, model, mesh, chat.tokenizer), mesh, chat)
+        return Ours(model, weights.load_published(path, model, mesh, words.tokenizer), mesh, words)
 
 
 def theirs(name: str, dtype: str = "float32"):
@@ -108,12 +115,8 @@ def theirs(name: str, dtype: str = "float32"):
 def prompts(name: str, count: int) -> list[list[int]]:
     """Token rows of reasoning prompts about commands."""
     from r3jax.data import beir
-    from r3jax.text import settings, tokenizer
-    from r3jax.text.prompts import ChatFormat
 
-    path = pathlib.Path(name)
-    chat = ChatFormat(tokenizer.load(path), settings.read(path).prompts)
-    return chat.reasoning_prompts(beir.load(DATA).query_texts[:count], 64)
+    return chat(name).reasoning_prompts(beir.load(DATA).query_texts[:count], 64)
 
 
 def stop_ids(vocab: int, mean: int, own: set[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Sampling a group of thoughts per prompt beside transformers and Tunix: python -m bench.rollout [SIZE ...] [--rounds=N]
+"""Sampling a group of thoughts per prompt beside transformers and Tunix: python -m bench.rollout [SIZE ...]
 
 8 prompts x 8 samples in float32 at temperature 1: 64 new tokens that hardly ever stop early, and up to 256 with natural
 stops, one token in 96 (`models.stop_ids`). Tokens are counted up to and with the one that ends the text. transformers
@@ -6,13 +6,10 @@ and Tunix repeat the prompt for every sample. TRL's rollout is transformers' `ge
 Tunix samples by top_p, here 1, as its GRPO does by default.
 """
 
-import functools
-import json
-import sys
 import time
 
 from bench import models, peaks
-from bench.turns import in_turns, serve, table
+from bench.turns import command, in_turns, table
 
 PROMPTS, GROUP, MEAN = 8, 8, 96
 CASES = {"64 new": (64, False), "256 new, stops": (256, True)}
@@ -181,9 +178,8 @@ def main(sizes: list[str], rounds: int) -> None:
     for size in sizes:
         with models.folder(size) as folder:
             for case, (new, stops) in CASES.items():
-                found = in_turns(
-                    "bench.rollout", list(LABELS), {"folder": folder, "new": new, "stops": stops}, rounds, size != "0.5b"
-                )
+                options = {"folder": folder, "new": new, "stops": stops}
+                found = in_turns("bench.rollout", list(LABELS), options, rounds, size != "0.5b")
                 report(size, case, found, peak)
 
 
@@ -207,15 +203,9 @@ def report(size: str, case: str, found: dict, peak: dict) -> None:
                 f"{100 * x['spread']:.0f} %",
             ]
         )
-    head = [f"{size}, {case}", "tokens/s", "ours is x times", "tokens a text", "of the matmul peak", "peak, GiB", "spread"]
-    print(table(head, rows), "\n", flush=True)
+    head = [f"{size}, {case}", "tokens/s", "ours is x times", "tokens a text", "of the matmul peak"]
+    print(table([*head, "process peak, GiB", "spread"], rows), "\n", flush=True)
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words[:1] == ["worker"]:
-        makers = {"ours": ours, "transformers": transformers, "tunix": tunix}
-        serve(functools.partial(makers[words[1]], **json.loads(words[2])))
-    else:
-        rounds = next((int(w.split("=")[1]) for w in words if w.startswith("--rounds=")), 5)
-        main([w for w in words if not w.startswith("--")] or ["tiny", "25m"], rounds)
+    command({"ours": ours, "transformers": transformers, "tunix": tunix}, main, ["tiny", "25m"])

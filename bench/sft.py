@@ -5,18 +5,17 @@ recomputes layers, as `configs/` does; torch is transformers' decoder, its rows 
 logits where they count, without recomputing. Both say their first loss, which must be the same. The share of the
 matmul peak counts six operations per weight and token that is no padding.
 
-Then the memory of one step of the 0.5B shape at 8 x 512 tokens, cross-entropy at every token, besides the weights: ours as
-compiled, torch's from small ones (1 and 3 layers, 1 and 2 rows), for it grows with layers times rows.
+Then the memory of one step of the 0.5B shape at 8 x 512 tokens, cross-entropy at every token, besides the weights: ours
+as compiled, torch's from small ones (1 and 3 layers, 1 and 2 rows), for it grows with layers times rows.
 """
 
-import functools
-import json
 import pathlib
+import subprocess
 import sys
 import time
 
 from bench import models, peaks
-from bench.turns import in_turns, memory, serve, table
+from bench.turns import command, in_turns, memory, table
 
 PAIRS = {"tiny": 64, "25m": 16, "0.5b": 2}
 BATCHES = 3  # different ones, in turns
@@ -25,25 +24,48 @@ LABELS = {"ours": "r3jax", "torch": "transformers + torch"}
 ROWS, LENGTH = 8, 512
 
 
-def stage(it: models.Ours, pairs: int):
-    """Our stage 1 on the bundled commands; the thought is the documents' own words."""
+def pairs_of(it: models.Ours):
+    """What makes a training row of a record of the bundled commands, whose thought is some documents' words."""
     from r3jax.data import beir
-    from r3jax.stages import sft
-    from r3jax.stages.state import optimiser
+    from r3jax.stages.sft import Lengths, PairTransform
 
     data = beir.load(models.DATA)
     records = [
-        {"query": data.query_texts[data.query_row[q]], "positives": rows, "thought": " ".join(data.doc_texts[rows[0] :][:4])}
-        for q, rows in list(data.positives("train").items())[:2000]
+        {
+            "query": data.query_texts[data.query_row[query]],
+            "positives": rows,
+            "thought": " ".join(data.doc_texts[rows[0] : rows[0] + 4]),
+        }
+        for query, rows in list(data.positives("train").items())[:2000]
     ]
-    transform = sft.PairTransform(records, data, it.chat, sft.Lengths(64, 64, 64), corrupt_thoughts=0.0)
-    return sft.SFT(
-        source=records,
+    return PairTransform(records, data, it.chat, Lengths(64, 64, 64), corrupt_thoughts=0.0, most_positives=8)
+
+
+def host_batches(transform, pairs: int) -> list[dict]:
+    from r3jax.data.stream import stream
+
+    made = stream(transform.source, transform=transform, batch_size=pairs, seed=0)
+    return [next(made) for _ in range(BATCHES)]
+
+
+def ours(folder: str, pairs: int):
+    import jax
+
+    from r3jax.model.sharding import put_batch
+    from r3jax.stages import sft
+    from r3jax.stages.state import new_state, optimiser
+
+    it = models.ours(folder, remat="full")
+    jax.set_mesh(it.mesh)
+    transform = pairs_of(it)
+    tx = optimiser(learning_rate=RATE, warmup=0, steps=1000, weight_decay=0.01, clip_norm=1.0)
+    stage = sft.SFT(
+        source=transform.source,
         transform=transform,
         chat=it.chat,
         model=it.model,
         mesh=it.mesh,
-        tx=optimiser(learning_rate=RATE, warmup=0, steps=1000, weight_decay=0.01, clip_norm=1.0),
+        tx=tx,
         steps=1000,
         batch_size=pairs,
         chunks=1,
@@ -53,30 +75,17 @@ def stage(it: models.Ours, pairs: int):
         temperature=TEMPERATURE,
         margin=MARGIN,
     )
-
-
-def ours(folder: str, pairs: int):
-    import jax
-
-    from r3jax.model.sharding import put_batch
-    from r3jax.stages.state import new_state, optimiser
-
-    it = models.ours(folder, remat="full")
-    jax.set_mesh(it.mesh)
-    made = stage(it, pairs)
-    tx = optimiser(learning_rate=RATE, warmup=0, steps=1000, weight_decay=0.01, clip_norm=1.0)
     state = new_state(it.params, tx, it.mesh, False)
-    batches = [next(made._stream) for _ in range(BATCHES)]
+    batches = host_batches(transform, pairs)
     programs: dict = {}
-    losses, temp = [], 0
+    losses: list[float] = []
 
     def step(batch):
-        nonlocal state, temp
-        packed = put_batch(it.mesh, made.packed(batch))
+        nonlocal state
+        packed = put_batch(it.mesh, stage.packed(batch))
         shapes = str(jax.tree.map(lambda x: x.shape, packed))
         if shapes not in programs:
-            programs[shapes] = made.update.lower(state, packed).compile()
-            temp = max(temp, programs[shapes].memory_analysis().temp_size_in_bytes)
+            programs[shapes] = stage.update.lower(state, packed).compile()
         state, metrics = programs[shapes](state, packed)
         losses.append(float(metrics["loss"]))
 
@@ -85,6 +94,7 @@ def ours(folder: str, pairs: int):
         for batch in batches:
             step(batch)
         seconds = time.perf_counter() - begin
+        temp = max(program.memory_analysis().temp_size_in_bytes for program in programs.values())
         return {"seconds": seconds, "tokens": tokens(batches), "first": losses[0], "temp": temp}
 
     measure()
@@ -95,10 +105,9 @@ def torch(folder: str, pairs: int):
     import torch
 
     it = models.ours(folder)
-    made = stage(it, pairs)
-    batches = [next(made._stream) for _ in range(BATCHES)]
-    window = made.update.func.keywords["direct_window"] if hasattr(made.update, "func") else None
-    window = window or len(it.chat.tokenizer.encode(it.chat.prompts.direct_assistant)) + 1
+    batches = host_batches(pairs_of(it), pairs)
+    encode = it.chat.tokenizer.encode
+    window = len(encode("assistant\n" + it.chat.prompts.direct_assistant)) - len(encode("assistant\n")) + 1
     model = models.theirs(folder).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     losses: list[float] = []
@@ -116,7 +125,7 @@ def torch(folder: str, pairs: int):
         """Sum of the cross-entropies of ids[starts : lengths], and their number."""
         at = torch.arange(ids.shape[1])[None]
         where = (at >= starts[:, None] - 1) & (at < lengths[:, None] - 1)
-        targets = ids.roll(-1, 1)[where]
+        targets = ids.roll(-1, 1)[where]  # a position predicts the next token
         return torch.nn.functional.cross_entropy(model.lm_head(states[where]), targets, reduction="sum"), len(targets)
 
     def step(batch):
@@ -207,7 +216,6 @@ def touched(layers: int, rows: int) -> int:
 
 def of_the_step() -> str:
     """Our memory and torch's, as a table."""
-    import subprocess
 
     def alone(*words) -> int:
         command = [sys.executable, "-m", "bench.sft", *map(str, words)]
@@ -220,7 +228,10 @@ def of_the_step() -> str:
     per_row = x[1, 2] - x[1, 1] - per_row_layer  # logits
     rest = x[1, 1] - per_layer - per_row - per_row_layer
     theirs = rest + 24 * per_layer + ROWS * (per_row + 24 * per_row_layer)
-    rows = [["r3jax, compiled", f"{alone('compiled') / 2**30:.1f}"], ["torch, from small ones", f"{theirs / 2**30:.1f}"]]
+    rows = [
+        ["r3jax, compiled", f"{alone('compiled') / 2**30:.1f}"],
+        ["torch, from small ones", f"{theirs / 2**30:.1f}"],
+    ]
     return table(["0.5B shape, 8 x 512 tokens", "gradients and temporaries, GiB"], rows)
 
 
@@ -229,7 +240,9 @@ def main(sizes: list[str], rounds: int) -> None:
     print(peaks.sentence(peak), "\n")
     for size in sizes:
         with models.folder(size) as folder:
-            found = in_turns("bench.sft", list(LABELS), {"folder": folder, "pairs": PAIRS[size]}, rounds, size != "0.5b")
+            found = in_turns(
+                "bench.sft", list(LABELS), {"folder": folder, "pairs": PAIRS[size]}, rounds, size != "0.5b"
+            )
         rows = []
         for name, x in found.items():
             if "failure" in x:
@@ -256,12 +269,9 @@ def main(sizes: list[str], rounds: int) -> None:
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    if words[:1] == ["worker"]:
-        serve(functools.partial({"ours": ours, "torch": torch}[words[1]], **json.loads(words[2])))
-    elif words[:1] == ["compiled"]:
+    if words[:1] == ["compiled"]:
         print(compiled())
     elif words[:1] == ["touched"]:
         print(touched(*map(int, words[1:])))
     else:
-        rounds = next((int(w.split("=")[1]) for w in words if w.startswith("--rounds=")), 5)
-        main([w for w in words if not w.startswith("--")] or ["tiny", "25m"], rounds)
+        command({"ours": ours, "torch": torch}, main, ["tiny", "25m"])

@@ -5,6 +5,7 @@ JSON`; it calls `serve` with a function that makes its `measure`. One that canno
 becomes a line that says why, and the others go on.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -59,6 +60,16 @@ def serve(make: Callable[[], Callable[[], dict]]) -> None:
     except Exception as e:
         traceback.print_exc()
         answer({"failure": f"{type(e).__name__}: {e}".splitlines()[0][:200]})
+
+
+def command(makers: Mapping[str, Callable], main: Callable[[list[str], int], None], sizes: list[str]) -> None:
+    """The command line of a benchmark: [SIZE ...] [--rounds=N] for `main`, or a worker's."""
+    words = sys.argv[1:]
+    if words[:1] == ["worker"]:
+        serve(functools.partial(makers[words[1]], **json.loads(words[2])))
+        return
+    rounds = next((int(word.split("=")[1]) for word in words if word.startswith("--rounds=")), 5)
+    main([word for word in words if not word.startswith("--")] or sizes, rounds)
 
 
 def in_turns(

@@ -1,5 +1,8 @@
-"""The jitted sampler: the prompt is read once and shared by its group; one `while_loop` decodes until every
-row has ended.
+"""The sampler: the prompt is read once and shared by its group; a `while_loop` decodes LOOK tokens of every row, then
+the host looks how many rows are still being written.
+
+Rows that have ended leave when those that go on fit into a smaller shape, and the cache of new tokens doubles when it
+is full: a step costs what the rows that are left need. The rows that stay are then each a prompt of their own.
 
 A completion ends with the embed token. If the model closes its turn instead (`<|im_end|>`), or the limit
 comes, the embed token is forced: the row then has an embedding, but `emitted` is False and the forced token
@@ -7,9 +10,11 @@ has no log-probability and no place in the loss mask.
 
 Noise is folded from (key, prompt id, sample id, position), so a row's text does not depend on its batch.
 `begin` and `advance` are the greedy loop in pieces, for whoever shows a text while it is written.
-Axes: B prompts, G samples per prompt, T new tokens, P prompt length, D width, V vocab.
+Axes: B prompts, G samples per prompt, T new tokens, P prompt length, D width, V vocab, N parts of the batch on the
+mesh, R rows of a part (R = B G / N before any left).
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -28,7 +33,10 @@ from r3jax.model.qwen2 import (
     right_padded,
     unstack,
 )
-from r3jax.model.sharding import BATCH, place
+from r3jax.model.sharding import BATCH, batch_parts, has_mesh, out, place
+
+LOOK = 32  # tokens between two looks at how many rows are left
+BLOCK = 128  # tokens of the vocabulary that are drawn from together
 
 
 @flax.struct.dataclass
@@ -48,6 +56,9 @@ class SamplingState:
     """The state of the decoding loop."""
 
     slot: Int[Array, ""]  # next position among the new tokens
+    start: Int[Array, "B G"]  # length of the row's prompt
+    prompt: Int[Array, "B G"]  # id of the row's prompt
+    home: Int[Array, "B G"]  # the row's place in its part of the batch, by prompt and sample
     hidden: Float[Array, "B G D"]  # of the last token
     done: Bool[Array, "B G"]
     closing: Bool[Array, "B G"]  # the model ended its turn without the embed token
@@ -55,11 +66,25 @@ class SamplingState:
     result: Completions
 
 
-def _draw(key: jax.Array, log_probs: Float[Array, "V"]) -> Int[Array, ""]:
-    return jax.random.categorical(key, log_probs)
+def draw(key: jax.Array, mass: Float[Array, "V"]) -> Int[Array, ""]:
+    """A token with probability proportional to its mass, which need not sum to 1.
+
+    First one of the blocks of tokens by their sums, then a token of it: two random numbers, where the Gumbel trick
+    wants one for every token of the vocabulary.
+    """
+    u = jax.random.uniform(key, (2,))
+    blocks = jnp.pad(mass, (0, -mass.shape[0] % BLOCK)).reshape(-1, BLOCK)
+    block = _pick(u[0], blocks.sum(1))
+    return block * BLOCK + _pick(u[1], blocks[block])
 
 
-@partial(jax.jit, static_argnames=("config", "group", "max_new", "temperature", "embed_id", "stop_ids"))
+def _pick(u: jax.Array, mass: Float[Array, "n"]) -> Int[Array, ""]:
+    """The first index at which the running sum exceeds the share u of the whole; never one without mass."""
+    running = jnp.cumsum(mass)
+    target = jnp.minimum(u * running[-1], jnp.nextafter(running[-1], jnp.float32(0)))
+    return (running <= target).sum().astype(jnp.int32)
+
+
 def sample(
     params,
     prompts: Int[Array, "B P"],
@@ -79,13 +104,39 @@ def sample(
     prompts are right-padded; arrays on a mesh want `jax.set_mesh` of it around the call. temperature 0 is
     greedy; its log-probabilities are those at temperature 1.
     """
-    state = _first(params, prompts, prompt_lengths, config, group, max_new)
-    keys = jax.vmap(lambda p: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, p), g))(jnp.arange(group)))(
-        prompt_ids
-    )
-    ends = (embed_id, stop_ids)
-    step = partial(_step, unstack(params, config), config, prompt_lengths, ends, temperature=temperature, keys=keys)
-    return jax.lax.while_loop(_going(max_new), step, state).result
+    state = _first(params, prompts, prompt_lengths, prompt_ids, config=config, group=group, max_new=max_new, room=LOOK)
+    weights = unstacked(params, config)
+    options = dict(config=config, group=group, temperature=temperature, embed_id=embed_id, stop_ids=stop_ids)
+    left_early, shape = [], state.done.shape
+    while True:
+        state, left = _run(weights, state, key, look=LOOK, **options)
+        left, slot = jax.device_get((left, state.slot))
+        if not left or slot == max_new:
+            break
+        rows, now = fewer(int(left)), math.prod(state.done.shape) // parts()
+        if 4 * rows <= 3 * now:
+            state, gone = _evict(state, rows=rows)
+            left_early.append(gone)
+        if slot == state.cache.new_k[0].shape[3]:
+            state = _grown(state)
+    return _home([*left_early, (state.home, state.result)], shape=shape) if left_early else state.result
+
+
+def fewer(left: int) -> int:
+    """The shape that so many rows are put into: 4, 6, 8, 12, 16, 24, ..., for each compiles a loop."""
+    power = max(4, 1 << (left - 1).bit_length())
+    return 3 * power // 4 if left <= 3 * power // 4 and power > 4 else power
+
+
+def parts() -> int:
+    """N."""
+    return batch_parts(jax.sharding.get_abstract_mesh()) if has_mesh() else 1
+
+
+@partial(jax.jit, static_argnames=("config",))
+def unstacked(params, config: ModelConfig):
+    """`unstack`, for `advance`."""
+    return unstack(params, config)
 
 
 @partial(jax.jit, static_argnames=("config", "max_new"))
@@ -93,24 +144,38 @@ def begin(
     params, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], *, config: ModelConfig, max_new: int
 ) -> SamplingState:
     """The state after the prompts are read, for `advance`: one sample of each, of which nothing is written yet."""
-    return _first(params, prompts, prompt_lengths, config, 1, max_new)
+    options = dict(config=config, group=1, max_new=max_new, room=max_new)
+    return _first(params, prompts, prompt_lengths, prompt_lengths, **options)
 
 
 @partial(jax.jit, static_argnames=("config", "embed_id", "stop_ids", "count"), donate_argnames=("state",))
 def advance(
-    params,
-    state: SamplingState,
-    prompt_lengths: Int[Array, "B"],
-    *,
-    config: ModelConfig,
-    embed_id: int,
-    stop_ids: tuple[int, ...],
-    count: int,
+    weights, state: SamplingState, *, config: ModelConfig, embed_id: int, stop_ids: tuple[int, ...], count: int
 ) -> SamplingState:
-    """At most `count` more tokens, greedily: until every row has ended, as `sample` at temperature 0. Takes `state`."""
-    step = partial(_step, unstack(params, config), config, prompt_lengths, (embed_id, stop_ids))
+    """At most `count` more tokens, greedily: until every row has ended, as `sample` at temperature 0. Takes `state`.
+
+    `weights` as `unstacked` returns them.
+    """
+    step = partial(_step, weights, config, (embed_id, stop_ids))
     last = jnp.minimum(state.slot + count, state.result.tokens.shape[2])
     return jax.lax.while_loop(_going(last), step, state)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "group", "temperature", "embed_id", "stop_ids", "look"),
+    donate_argnames=("state",),
+)
+def _run(
+    weights, state: SamplingState, key, *, config: ModelConfig, group: int, temperature, embed_id, stop_ids, look: int
+):
+    """`look` more tokens of each row, or fewer if all end; and the number of rows left, of the part that has most."""
+    fold = jax.vmap(jax.vmap(lambda p, g: jax.random.fold_in(jax.random.fold_in(key, p), g)))
+    keys = fold(state.prompt, state.home % group)
+    step = partial(_step, weights, config, (embed_id, stop_ids), temperature=temperature, keys=keys)
+    last = jnp.minimum(state.slot + look, state.result.tokens.shape[2])
+    state = jax.lax.while_loop(_going(last), step, state)
+    return state, place(_lined(~state.done).sum(1).max(), P())
 
 
 def _going(last):
@@ -118,8 +183,83 @@ def _going(last):
     return lambda s: (s.slot < last) & ~jnp.all(s.done)
 
 
-def _first(params, prompts, prompt_lengths, config: ModelConfig, group: int, max_new: int) -> SamplingState:
-    """Reads the prompts, each once for its group."""
+def _shaped(x, first: int, second: int):
+    """x with its first two axes, split over the batch and not at all, as [first, second]."""
+    rest = jax.typeof(x).sharding.spec[2:] if has_mesh() else ()
+    return jnp.reshape(x, (first, second, *x.shape[2:]), out_sharding=out(P(BATCH, None, *rest)))
+
+
+def _lined(x):
+    """[B, G, ...] as [N, R, ...]."""
+    return _shaped(x, parts(), -1)
+
+
+def _single(x):
+    """[N, R, ...] as [N R, 1, ...]."""
+    return _shaped(x, -1, 1)
+
+
+def _taken(x, order):
+    """Rows of x [N, R, ...] in an order [N, r]."""
+    return jax.vmap(lambda rows, i: rows[i])(x, order)
+
+
+@partial(jax.jit, static_argnames=("rows",), donate_argnames=("state",))
+def _evict(state: SamplingState, *, rows: int):
+    """The state of `rows` rows of each part, each with a prompt of its own, and (home, result) [N, R - rows] of the
+    others, which have ended.
+    """
+    group = state.done.shape[1]
+    order = jnp.argsort(_lined(state.done).astype(jnp.int32), axis=1)  # those still written first; stable
+
+    def split(x):
+        x = _taken(_lined(x), order)
+        return x[:, :rows], x[:, rows:]
+
+    def own(x):
+        """What B prompts have, for each row that stays: [B, ...] to [N rows, ...]."""
+        return _single(_taken(_lined(x[:, None]), order[:, :rows] // group))[:, 0]
+
+    def stay(tree):
+        return jax.tree.map(lambda x: _single(split(x)[0]), tree)
+
+    c = state.cache
+    gone = jax.tree.map(lambda x: split(x)[1], (state.home, state.result))
+    prompt_k, prompt_v, prompt_valid = jax.tree.map(own, (c.prompt_k, c.prompt_v, c.prompt_valid))
+    new_k, new_v = stay((c.new_k, c.new_v))
+    names = ("start", "prompt", "home", "hidden", "done", "closing", "result")
+    fields = stay({name: getattr(state, name) for name in names})
+    cache = KVCache(prompt_k, prompt_v, prompt_valid, new_k, new_v)
+    return SamplingState(slot=state.slot, cache=cache, **fields), gone
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def _grown(state: SamplingState) -> SamplingState:
+    """With room for twice as many new tokens."""
+    most = state.result.tokens.shape[2]
+
+    def more(x):
+        extra = min(x.shape[3], most - x.shape[3])
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, extra), (0, 0)])
+
+    new_k, new_v = (jax.tree.map(more, x) for x in (state.cache.new_k, state.cache.new_v))
+    return state.replace(cache=state.cache.replace(new_k=new_k, new_v=new_v))
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def _home(pieces, *, shape: tuple[int, int]) -> Completions:
+    """The results of all rows [B, G, ...]; the last piece is of those that stayed, as [rows, 1, ...]."""
+    *gone, last = pieces
+    pieces = [*gone, jax.tree.map(_lined, last)]
+    homes, results = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *pieces)
+    order = jnp.argsort(homes, axis=1)
+
+    return jax.tree.map(lambda x: _shaped(_taken(x, order), *shape), results)
+
+
+@partial(jax.jit, static_argnames=("config", "group", "max_new", "room"))
+def _first(params, prompts, prompt_lengths, prompt_ids, *, config: ModelConfig, group: int, max_new: int, room: int):
+    """Reads the prompts, each once for its group; the cache has room for so many new tokens."""
     batch = prompts.shape[0]
     positions, valid = right_padded(prompt_lengths, prompts.shape[1])
     prefill: Any = Decoder(config).apply({"params": params}, prompts, positions, valid)
@@ -131,13 +271,16 @@ def _first(params, prompts, prompt_lengths, config: ModelConfig, group: int, max
         return place(x, P(BATCH, *([None] * (len(shape) - 1))))
 
     def empty():
-        shape = (batch, group, max_new, config.kv_heads, config.head_dim)
-        return place(jnp.zeros(shape, k.dtype), P(BATCH, None, None, "tensor", None))
+        shape = (batch, group, config.kv_heads, min(room, max_new), config.head_dim)
+        return place(jnp.zeros(shape, k.dtype), P(BATCH, None, "tensor", None, None))
+
+    def of_rows(x):
+        return place(jnp.broadcast_to(x[:, None], (batch, group)), P(BATCH, None))
 
     layers = range(config.layers)
     cache = KVCache(
-        prompt_k=tuple(k[i] for i in layers),
-        prompt_v=tuple(v[i] for i in layers),
+        prompt_k=tuple(k[i].swapaxes(1, 2) for i in layers),
+        prompt_v=tuple(v[i].swapaxes(1, 2) for i in layers),
         prompt_valid=valid,
         new_k=tuple(empty() for _ in layers),
         new_v=tuple(empty() for _ in layers),
@@ -145,6 +288,9 @@ def _first(params, prompts, prompt_lengths, config: ModelConfig, group: int, max
     width = config.width
     return SamplingState(
         slot=jnp.zeros((), jnp.int32),
+        start=of_rows(prompt_lengths),
+        prompt=of_rows(prompt_ids),
+        home=place((jnp.arange(batch * group) % (batch * group // parts())).reshape(batch, group), P(BATCH, None)),
         hidden=place(jnp.broadcast_to(last, (batch, group, width)), P(BATCH, None, None)),
         done=full((batch, group), False, bool),
         closing=full((batch, group), False, bool),
@@ -161,27 +307,27 @@ def _first(params, prompts, prompt_lengths, config: ModelConfig, group: int, max
 
 
 def _step(
-    params,
+    weights,
     config: ModelConfig,
-    prompt_lengths,
     ends: tuple[int, tuple[int, ...]],
     s: SamplingState,
     *,
     temperature: float = 0.0,
     keys=None,
 ) -> SamplingState:
-    """One token more for each sample. `params` as `unstack` returns them; `ends`: the embed token and the stops."""
+    """One token more for each row. `weights` as `unstack` returns them; `ends`: the embed token and the stops."""
     embed_id, stop_ids = ends
-    _, group, max_new = s.result.tokens.shape
-    z = logits(params, config, s.hidden)
+    max_new = s.result.tokens.shape[2]
     # Sampling looks at whole rows of the vocabulary: gather the split one first.
-    log_probs = jax.nn.log_softmax(place(z, P(BATCH, None, None)) / (temperature or 1.0))
+    z = place(logits(weights, config, s.hidden), P(BATCH, None, None)) / (temperature or 1.0)
+    top = z.max(-1, keepdims=True)
+    mass = jnp.exp(z - top)
     if temperature:
         slot_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, s.slot)
-        token = jax.vmap(jax.vmap(_draw))(slot_keys, log_probs).astype(jnp.int32)
+        token = jax.vmap(jax.vmap(draw))(slot_keys, mass)
     else:
-        token = log_probs.argmax(-1).astype(jnp.int32)
-    logp = jnp.take_along_axis(log_probs, token[..., None], -1)[..., 0]
+        token = z.argmax(-1).astype(jnp.int32)
+    logp = (jnp.take_along_axis(z, token[..., None], -1) - top)[..., 0] - jnp.log(mass.sum(-1))
     forced = s.closing | ((s.slot == max_new - 1) & (token != embed_id))
     token = jnp.where(forced, embed_id, token)
     live = ~s.done
@@ -194,8 +340,7 @@ def _step(
         mask=put(r.mask, sampled),
         lengths=r.lengths + live,
     )
-    position = place(prompt_lengths[:, None] + s.slot + jnp.zeros((1, group), jnp.int32), P(BATCH, None))
-    hidden, cache = decode_step(params, config, token, position, s.cache, s.slot)
+    hidden, cache = decode_step(weights, config, token, s.start + s.slot, s.cache, s.slot)
     ended = live & (token == embed_id)
     r = r.replace(
         emitted=r.emitted | (ended & ~forced),

@@ -1,0 +1,81 @@
+"""How long the default run takes from the command to its first step, cold and warm: python -m bench.start
+
+Starts the training of configs/rl.py twice, each in a new folder for the run and the second with the first's compilation
+cache, and stops it after so many steps of each stage; counts what was compiled and what the cache gave.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+from bench import peaks
+from bench.turns import table
+
+STEPS = {"sft": 2, "rl": 2}
+
+
+def one(begin: str, folder: str) -> None:
+    """The worker: trains, and says when each stage's first step was done and what was compiled."""
+    import jax
+
+    from r3jax import assembly, train
+
+    events: collections.Counter[str] = collections.Counter()
+    first: dict[str, float] = {}
+
+    def seen(event: str, **_) -> None:
+        events[event.rsplit("/", 1)[-1]] += 1
+
+    jax.monitoring.register_event_listener(seen)
+
+    def watched(name, parts, start):
+        stage = assembly.make_stage(name, parts, start)
+        update = stage.update
+
+        def timed(state, batch):
+            done = update(state, batch)
+            if name not in first:
+                jax.block_until_ready(done)
+                first[name] = time.time() - float(begin)
+            return done
+
+        stage.update = timed
+        return stage
+
+    steps = [f"--config.{name}.steps={count}" for name, count in STEPS.items()]
+    cache = f"--config.xla_cache={folder}/xla"
+    train.main(
+        ["--config=configs/rl.py", f"--workdir={folder}/run-{begin}", cache, "--config.evaluate.every=0", *steps],
+        watched,
+    )
+    asked, hits = events["compile_requests_use_cache"], events["cache_hits"]
+    found = {"first": first, "compiled": asked - hits, "hits": hits}
+    (pathlib.Path(folder) / "found.json").write_text(json.dumps(found))
+
+
+def main() -> None:
+    print(peaks.sentence(peaks.measure()), "\n")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="r3jax-bench-start-") as folder:
+        for label in ("first start", "second start"):
+            begin = str(time.time())
+            subprocess.run(
+                [sys.executable, "-m", "bench.start", begin, folder],
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            x = json.loads((pathlib.Path(folder) / "found.json").read_text())
+            rows.append([label, f"{x['first']['sft']:.1f}", str(x["compiled"]), str(x["hits"])])
+    head = ["the default run", "seconds to the first step", "programs compiled", "programs from the cache"]
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    one(*sys.argv[1:]) if len(sys.argv) > 1 else main()
