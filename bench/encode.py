@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from bench import models, peaks
-from bench.turns import command, in_turns, table
+from bench.turns import command, in_turns, table, times
 
 DOCUMENTS = {"tiny": 1024, "25m": 192, "0.5b": 32}
 BATCH = 32
@@ -77,14 +77,13 @@ def main(sizes: list[str], rounds: int) -> None:
             if "failure" in x:
                 rows.append([LABELS[name], x["failure"], *[""] * 4])
                 continue
-            rate, base = x["documents"] / x["seconds"], found["ours"]
+            rate = x["documents"] / x["seconds"]
             flops = 2 * models.multiplied(size) * tokens / x["seconds"]
-            times = f"{base['documents'] / base['seconds'] / rate:.2f}" if name != "ours" else ""
             rows.append(
                 [
                     LABELS[name],
                     f"{rate:,.1f}",
-                    times,
+                    times(found, name, "documents"),
                     f"{100 * flops / peak['product']:.0f} %",
                     f"{x['peak'] / 2**30:.2f}",
                     f"{100 * x['spread']:.0f} %",

@@ -7,7 +7,7 @@ TRL rewards a checksum of the ids, which costs nothing; ours searches 1,000 docu
 import time
 
 from bench import models, peaks
-from bench.turns import command, in_turns, table
+from bench.turns import command, in_turns, table, times
 
 PROMPTS, GROUP, NEW, DOCUMENTS, RATE = 8, 8, 64, 1000, 1e-5
 LABELS = {"ours": "r3jax", "trl": "TRL GRPOTrainer"}
@@ -180,12 +180,11 @@ def main(sizes: list[str], rounds: int) -> None:
             if "failure" in x:
                 rows.append([LABELS[name], x["failure"], *[""] * 5])
                 continue
-            times = f"{x['seconds'] / found['ours']['seconds']:.2f}" if "seconds" in found["ours"] else ""
             rows.append(
                 [
                     LABELS[name],
                     f"{x['seconds']:.2f}",
-                    times if name != "ours" else "",
+                    times(found, name),
                     f"{x['rollout']:.2f}",
                     f"{x['length']:.0f}",
                     f"{x['peak'] / 2**30:.2f}",

@@ -9,7 +9,7 @@ Tunix samples by top_p, here 1, as its GRPO does by default.
 import time
 
 from bench import models, peaks
-from bench.turns import command, in_turns, table
+from bench.turns import command, in_turns, table, times
 
 PROMPTS, GROUP, MEAN = 8, 8, 96
 CASES = {"64 new": (64, False), "256 new, stops": (256, True)}
@@ -137,8 +137,10 @@ def tunix(folder: str, new: int, stops: bool):
         def pad_id(self) -> int:
             return t.pad_id
 
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    jax.set_mesh(mesh)
     sampler = Sampler(
-        create_model_from_safe_tensors(folder, config, dtype=jax.numpy.float32),
+        create_model_from_safe_tensors(folder, config, mesh, jax.numpy.float32),
         Rows(),
         CacheConfig(width + new, c["layers"], c["kv_heads"], c["head_dim"]),
     )
@@ -184,7 +186,6 @@ def main(sizes: list[str], rounds: int) -> None:
 
 
 def report(size: str, case: str, found: dict, peak: dict) -> None:
-    base = found["ours"]
     rows = []
     for name, x in found.items():
         if "failure" in x:
@@ -196,7 +197,7 @@ def report(size: str, case: str, found: dict, peak: dict) -> None:
             [
                 LABELS[name],
                 f"{rate:,.0f}",
-                f"{base['tokens'] / base['seconds'] / rate:.2f}" if name != "ours" else "",
+                times(found, name, "tokens"),
                 f"{x['tokens'] / PROMPTS / GROUP:.0f}",
                 f"{100 * flops / peak['product']:.0f} %",
                 f"{x['peak'] / 2**30:.2f}",

@@ -15,7 +15,7 @@ import sys
 import time
 
 from bench import models, peaks
-from bench.turns import command, in_turns, memory, table
+from bench.turns import command, in_turns, memory, table, times
 
 PAIRS = {"tiny": 64, "25m": 16, "0.5b": 2}
 BATCHES = 3  # different ones, in turns
@@ -249,12 +249,11 @@ def main(sizes: list[str], rounds: int) -> None:
                 rows.append([LABELS[name], x["failure"], *[""] * 6])
                 continue
             rate = x["tokens"] / x["seconds"]
-            base = found["ours"]
             rows.append(
                 [
                     LABELS[name],
                     f"{rate:,.0f}",
-                    f"{base['tokens'] / base['seconds'] / rate:.2f}" if name != "ours" and "seconds" in base else "",
+                    times(found, name, "tokens"),
                     f"{100 * 6 * models.multiplied(size) * rate / peak['product']:.0f} %",
                     f"{x['first']:.4f}",
                     f"{x['temp'] / 2**30:.2f}" if "temp" in x else "",

@@ -107,6 +107,14 @@ def summary(rows: list[dict]) -> dict:
     return middle | {"spread": (max(seconds) - min(seconds)) / middle["seconds"]}
 
 
+def times(found: Mapping[str, dict], name: str, what: str = "") -> str:
+    """How many times as quick as `name` ours is, at `what` a second, or at a round; "" where there is no answer."""
+    us, them = found["ours"], found[name]
+    if name == "ours" or "failure" in us or "failure" in them:
+        return ""
+    return f"{(us.get(what, 1) / us['seconds']) / (them.get(what, 1) / them['seconds']):.2f}"
+
+
 def memory(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
     with open("/proc/self/status", encoding="utf-8") as lines:
