@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from r3jax.model import sampler
+from r3jax.model import rows, sampler
 from r3jax.model.hugging_face import from_hugging_face
 from r3jax.model.qwen2 import hidden_states, logits
 from r3jax.model.sampler import sample
@@ -196,8 +196,8 @@ def test_rows_that_leave_change_no_text(params, monkeypatch):
     monkeypatch.setattr(sampler, "LOOK", 24)
     whole = jax.device_get(draw(params, **options))
     monkeypatch.setattr(sampler, "LOOK", 2)
-    evict, kept = sampler._evict, []
-    monkeypatch.setattr(sampler, "_evict", lambda state, rows: kept.append(rows) or evict(state, rows=rows))
+    evict, kept = sampler.evict, []
+    monkeypatch.setattr(sampler, "evict", lambda state, rows: kept.append(rows) or evict(state, rows=rows))
     pieces = jax.device_get(draw(params, **options))
     assert len(kept) > 1 and kept == sorted(kept, reverse=True)
     for name, value in vars(whole).items():
@@ -219,5 +219,5 @@ def test_draws_follow_the_masses_of_many_blocks():
 
 
 def test_shapes_that_rows_leave_for():
-    shapes = [sampler.fewer(n) for n in range(1, 200)]
+    shapes = [rows.fewer(n) for n in range(1, 200)]
     assert all(shape >= n for n, shape in enumerate(shapes, 1)) and sorted(set(shapes))[:7] == [4, 6, 8, 12, 16, 24, 32]
