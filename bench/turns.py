@@ -15,6 +15,16 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 READY = "ready"
+# Huge pages as the Makefile asks for them, for everyone.
+ENVIRONMENT = (
+    {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    | os.environ
+    | {
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+)
 
 
 class Worker:
@@ -23,7 +33,7 @@ class Worker:
     def __init__(self, module: str, name: str, options: Mapping):
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "worker", name, json.dumps(options)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"},
+            env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
