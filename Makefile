@@ -68,7 +68,7 @@ $(BENCH):
 	@rm -f .venv-bench/.done-* && touch $@
 
 bench: $(BENCH) ## our speed beside the peers', in an environment of its own: half an hour on two cores
-	for name in rollout sft encode rl_step refresh decode start curves index import; do \
+	for name in rollout sft encode rl_step refresh decode start curves index "import 0_5b"; do \
 		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
 	done
 
@@ -79,7 +79,7 @@ $(BENCH):
 	@rm -f .venv-bench/.done-* && touch $@
 
 bench: $(BENCH) ## our speed beside the peers', in an environment of its own: half an hour on two cores
-	for name in rollout sft encode rl_step refresh decode start curves index import; do \
+	for name in rollout sft encode rl_step refresh decode start curves index "import 0_5b"; do \
 		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
 	done
 

@@ -74,16 +74,9 @@ def main() -> None:
                 stderr=subprocess.DEVNULL,
             )
             x = json.loads((pathlib.Path(folder) / "found.json").read_text())
-            rows.append(
-                [label, f"{x['first']['sft']:.1f}", f"{x['first']['rl']:.1f}", str(x["compiled"]), str(x["hits"])]
-            )
-    head = [
-        "the default run",
-        "seconds to the first step",
-        "to the first of stage 2",
-        "programs compiled",
-        "programs from the cache",
-    ]
+            seconds = [f"{x['first'][stage]:.1f}" for stage in ("sft", "rl")]
+            rows.append([label, *seconds, str(x["compiled"]), str(x["hits"])])
+    head = ["the default run", "first step after, s", "first of stage 2 after, s", "compiled", "from the cache"]
     print(table(head, rows))
 
 

@@ -78,7 +78,7 @@ def command(makers: Mapping[str, Callable], main: Callable[[list[str], int], Non
     if words[:1] == ["worker"]:
         serve(functools.partial(makers[words[1]], **json.loads(words[2])))
         return
-    rounds = next((int(word.split("=")[1]) for word in words if word.startswith("--rounds=")), 5)
+    rounds = next((int(word.split("=")[1]) for word in words if word.startswith("--rounds=")), 3)
     main([word for word in words if not word.startswith("--")] or sizes, rounds)
 
 
