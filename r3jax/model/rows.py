@@ -45,9 +45,8 @@ class SamplingState:
 
 
 def fewer(left: int) -> int:
-    """The shape that so many rows are put into: 4, 6, 8, 12, 16, 24, ..., for each compiles a loop."""
-    power = max(4, 1 << (left - 1).bit_length())
-    return 3 * power // 4 if left <= 3 * power // 4 and power > 4 else power
+    """The shape that so many rows are put into: a power of two, 4 at least, for each compiles a loop."""
+    return max(4, 1 << (left - 1).bit_length())
 
 
 def parts() -> int:

@@ -1,7 +1,7 @@
 """The sampler: the prompt is read once and shared by its group; a `while_loop` decodes LOOK tokens of every row, then
 the host looks how many rows are still being written.
 
-Rows that have ended leave when those that go on fit into a smaller shape, and the cache of new tokens doubles when it
+Rows that have ended leave when those that go on fit into half the shape, and the cache of new tokens doubles when it
 is full: a step costs what the rows that are left need. The rows that stay are then each a prompt of their own.
 
 A completion ends with the embed token. If the model closes its turn instead (`<|im_end|>`), or the limit
@@ -85,7 +85,7 @@ def sample(
         if not left or slot == max_new:
             break
         rows, now = fewer(int(left)), state.done.size // parts()
-        if 4 * rows <= 3 * now:
+        if 2 * rows <= now:
             state, gone = evict(state, rows=rows)
             left_early.append(gone)
         if slot == state.cache.new_k[0].shape[3]:
