@@ -123,11 +123,14 @@ class Reader:
                 *pad([prompts[i] for i in filled], self.prompt_width(len(prompts[chosen[-1]]))),
                 filled.astype(np.int32),
             )
+            tokens, ends, ids = put_batch(self.mesh, batch)
             with jax.set_mesh(self.mesh):
                 done = jax.device_get(
                     sample(
                         params,
-                        *put_batch(self.mesh, batch),
+                        tokens,
+                        ends,
+                        ids,
                         jax.random.key(0),
                         config=self.model,
                         group=count,
