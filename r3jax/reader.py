@@ -12,7 +12,7 @@ import numpy as np
 
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sampler import advance, begin, sample
+from r3jax.model.sampler import advance, begin, sample, unstacked
 from r3jax.model.sharding import batch_parts, put_batch
 from r3jax.text.prompts import ChatFormat
 
@@ -95,11 +95,12 @@ class Reader:
         ends = {"embed_id": self.chat.tokenizer.embed_id, "stop_ids": stops}
         with jax.set_mesh(self.mesh):
             state = begin(params, tokens, lengths, config=self.model, max_new=self.max_new)
+            weights = unstacked(params, self.model)
         thought: list[int] = []
         done = False
         while not done:
             with jax.set_mesh(self.mesh):  # not around the yield: the caller's own mesh must be as it was
-                state = advance(params, state, lengths, config=self.model, **ends, count=1)
+                state = advance(weights, state, config=self.model, **ends, count=1)
                 done, row, length = (
                     x[0, 0] for x in jax.device_get((state.done, state.result.tokens, state.result.lengths))
                 )
@@ -131,11 +132,14 @@ class Reader:
                 *pad([prompts[i] for i in filled], self.prompt_width(len(prompts[chosen[-1]]))),
                 filled.astype(np.int32),
             )
+            tokens, ends, ids = put_batch(self.mesh, batch)
             with jax.set_mesh(self.mesh):
                 done = jax.device_get(
                     sample(
                         params,
-                        *put_batch(self.mesh, batch),
+                        tokens,
+                        ends,
+                        ids,
                         jax.random.key(0),
                         config=self.model,
                         group=count,
