@@ -76,17 +76,6 @@ bench: $(BENCH) ## our speed beside the peers', in an environment of its own: ha
 		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
 	done
 
-$(BENCH):
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_FLAGS) \
-		-r requirements-bench.txt
-	@rm -f .venv-bench/.done-* && touch $@
-
-bench: $(BENCH) ## our speed beside the peers', in an environment of its own: half an hour on two cores
-	for name in rollout sft encode rl_step refresh decode start curves index "import 0_5b"; do \
-		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
-	done
-
 clean: ## removes .venv and caches; runs/ stays
 	rm -rf .venv .venv-bench .cache .pytest_cache .ruff_cache .mypy_cache
 	find r3jax tests configs bench -name __pycache__ -prune -exec rm -rf {} +

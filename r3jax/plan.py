@@ -96,7 +96,8 @@ def make(
     if not options:
         return plan | _too_large(parts, devices, chip)
     for sizes in options:
-        mesh = make_mesh(*sizes, devices=devices)
+        data, fsdp, tensor = sizes
+        mesh = make_mesh(data, fsdp, tensor, devices)
         plan |= {"mesh": dict(zip(AXES, sizes, strict=True)), "programs": []}
         flags = [f"--config.mesh.{axis}={size}" for axis, size in plan["mesh"].items()]
         for name in (*(stage for stage in ROWS if stage in config), "encode"):
@@ -169,7 +170,7 @@ def _programs(name: str, config: ConfigDict, mesh) -> Iterable[tuple[Program, Tr
         longest = parts.chat.direct_extra + c.data.max_doc_tokens
         yield programs.encoding(m, state.weights, mesh, c.evaluate.batch_size, longest), state, m
         return
-    stage = assembly.make_stage(name, parts, None)  # on a device of this machine, for it keeps keys there
+    stage: Any = assembly.make_stage(name, parts, None)  # on a device of this machine, for it keeps keys there
     if name == "sft":
         transform = PairTransform(parts.source, parts.dataset, parts.chat, parts.lengths, 0.0)
         yield programs.supervised(stage, state, mesh, transform, parts.source[0], c.sft.batch_size), state, m
@@ -180,7 +181,7 @@ def _programs(name: str, config: ConfigDict, mesh) -> Iterable[tuple[Program, Tr
 
 def _state(name: str, parts: assembly.Parts) -> TrainState:
     """A stage's TrainState on abstract arrays; an adapter's base is its reference."""
-    state = assembly.abstract_stage_state(name, parts)
+    state: Any = assembly.abstract_stage_state(name, parts)
     return state.replace(reference=model_params.abstract(parts.model, parts.mesh)) if parts.model.lora else state
 
 

@@ -41,7 +41,7 @@ def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: in
         return row | {"memory": held, "total": chip.memory + found.short, "fits": False}
     total = sum(memory.values())
     row |= {"memory": memory, "total": total, "fits": total <= chip.memory}
-    parts = {program.name: (found.once, 6 * program.trained + 2 * program.read)}
+    parts: dict[str, tuple[hlo.Costs, float]] = {program.name: (found.once, 6 * program.trained + 2 * program.read)}
     if program.trips > 1:
         token = 2 * program.written / program.trips
         parts = {"prefill": (found.once, 2 * program.read), "decoding, a token": (found.again, token)}
