@@ -23,6 +23,11 @@ NOT_RUN = {
     "make test": "this is it",
     "make test-slow": "this is it",
     "make lint": "is run beside the tests",
+    "make chaos": "half an hour of kills; the tests have a few of them",
+    "make bench": "half an hour of timings, which are no tests",
+    "python -m r3jax.plan --config=configs/rl.py:qwen2_5_7b --topology=v5e:16x16": (
+        "compiles for a TPU for minutes; tests/test_planning.py plans a small model for one"
+    ),
     "python -m bench.pictures runs/rl-tiny runs/rl-tiny index": "needs a Chromium, and writes into docs/",
     "python -m r3jax.train --config=configs/rl.py:qwen2_5_0_5b --config.init_from=Qwen/Qwen2.5-0.5B-Instruct": (
         "downloads a gigabyte; tests/test_convert.py begins runs from Hugging Face folders"
