@@ -64,8 +64,7 @@ def run_stage(
         log.write(stage.name, step, {f"eval/{name}": value for name, value in scores.items()})
         progress.update(step, {"validation " + weights.BEST_KEY: scores[weights.BEST_KEY]})
         ability = scores.get("ability_kl")
-        if stage.name == "rl":
-            guards.collapse.see(scores, judge=stage.name == "rl")
+        guards.collapse.see(scores, judge=stage.name == "rl")
         crossed = ability is not None and 0 < config.evaluate.max_ability_kl < ability
         meta = {"log": log.offset, "ability_kl": ability, "unmeasured": False} | guards.state()
         # Without its scores a step that forgot too much is never taken for the best.

@@ -176,11 +176,12 @@ def apply(
     """
     norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
     good = jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
-        (optax.apply_updates(state.params, updates), opt_state),
-        (state.params, state.opt_state),
-    )
+
+    def moved():
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    # No jnp.where over the two: with it XLA's CPU threads wait for each other in gathers that they begin in another order.
+    params, opt_state = jax.lax.cond(good, moved, lambda: (state.params, state.opt_state))
     state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
     return state, {"grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
