@@ -181,7 +181,7 @@ def apply(
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         return optax.apply_updates(state.params, updates), opt_state
 
-    # No jnp.where over the two: with it XLA's CPU threads wait for each other in gathers that they begin in another order.
+    # No jnp.where: with it XLA's CPU threads begin gathers in different orders and wait for each other for ever.
     params, opt_state = jax.lax.cond(good, moved, lambda: (state.params, state.opt_state))
     state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
     return state, {"grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
