@@ -13,7 +13,7 @@ RUN := .venv/.run-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements.txt requirements-serve.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint format seeds clean
+.PHONY: help install train test test-slow chaos lint format seeds clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -40,7 +40,10 @@ test: $(DEV) ## the tests, without the slow ones
 	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
 
 test-slow: $(DEV) ## the slow tests
-	$(PY) -m pytest -q -m slow --durations=10
+	$(PY) -m pytest -q -m slow --ignore=tests/chaos --durations=10
+
+chaos: $(DEV) ## kills, stops, damaged checkpoints, full disks, lost processes: half an hour
+	$(PY) -m pytest -q tests/chaos
 
 lint: $(DEV) ## ruff and mypy
 	$(PY) -m ruff check $(wildcard $(SOURCES))

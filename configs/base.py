@@ -94,6 +94,9 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "targets": ("q", "k", "v", "o", "gate", "up", "down"),
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            # Of several processes: seconds without a step (a compilation, a validation) after which all end, with their
+            # stacks and the name of the one that is behind; 0: never.
+            "processes": {"hang": 1800.0},
             "checkpoint": {"every": 50, "keep": 2},
             "log": {"every": 5, "samples_every": 20},
             # thoughts: how many the condition `averaged` of the last evaluation takes the mean of; 0 leaves it out.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from r3jax.model.sharding import batch_parts
 from r3jax.reader import Reader
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
+from r3jax.run import fingerprint
 from r3jax.search.index import VersionedIndex
 from r3jax.stages import rl, sft
 from r3jax.stages.ability import Ability
@@ -29,22 +31,11 @@ from r3jax.text import settings
 from r3jax.text import tokenizer as tokenizers
 from r3jax.text.prompts import ChatFormat, Prompts
 
-# What may differ between the command that began a run and the one that goes on with it.
-# model.max_positions: nothing uses it, and runs from before it was kept have none.
-FREE = (
-    "name",
-    "log.",
-    "checkpoint.",
-    "xla_cache",
-    "data.cache",
-    "evaluate.max_ability_kl",
-    "evaluate.collapse.",
-    "model.max_positions",
-)
 
-
-def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
+def claim(workdir: pathlib.Path, config: ConfigDict, accept: Collection[str] = ()) -> bool:
     """Saves the config in the run's folder; True if a run has begun there, which has then the same config.
+
+    accept: fields in which it may differ all the same.
 
     Raises UserError for another run's folder and for one that cannot be written. A run has begun with its
     first checkpoint: whoever mends a mistake before that may use the folder again.
@@ -52,14 +43,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> bool:
     path = workdir / run_config.SAVED_NAME
     begun = weights.last_stage(workdir) is not None
     if begun:
-        old = dict(run_config.leaves(run_config.load_saved(path)))
-        new = dict(run_config.leaves(config))
-        for key in sorted(old.keys() | new.keys()):
-            if not key.startswith(FREE) and old.get(key) != new.get(key):
-                raise UserError(
-                    f"--workdir: {workdir} holds a run with config.{key}={old.get(key)!r}, "
-                    f"not {new.get(key)!r}; name another --workdir or remove that folder."
-                )
+        fingerprint.refuse_config(workdir, run_config.load_saved(path), config, accept)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         run_config.save(config, path)
@@ -272,10 +256,11 @@ def _sft(p: Parts, start) -> Stage:
     c = p.config
     tx, _ = _optimiser("sft", c)
     negatives = bm25_neighbours(p.dataset, c.data.train_split) if c.data.hard_negatives else None
+    source = store.Part(p.source, lambda i: i % 4 != 0)
     return sft.SFT(
-        source=p.source,
+        source=source,
         transform=sft.PairTransform(
-            p.source,
+            source,
             p.dataset,
             p.chat,
             p.lengths,
@@ -332,7 +317,7 @@ def _rl(p: Parts, start) -> Stage:
     kind = c.index.kind if start is not None else "exact"
     index = VersionedIndex.build(vectors, 0, kind, tree_above=c.index.tree_above)
     return rl.RL(
-        source=p.source,
+        source=store.Part(p.source, lambda i: i % 4 == 0),
         queries=p.dataset.query_texts,
         documents=p.documents,
         chat=p.chat,

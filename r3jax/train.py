@@ -16,37 +16,40 @@ import numpy as np
 from r3jax import assembly, weights
 from r3jax.assembly import Parts
 from r3jax.errors import UserError
+from r3jax.loop import Guards, check_ability, run_stage
 from r3jax.model.sharding import make_mesh
 from r3jax.results import table
 from r3jax.results.comparison import compare, refresh_figures
-from r3jax.results.conditions import evaluate
 from r3jax.results.report import write_report
 from r3jax.run import config as run_config
+from r3jax.run import fingerprint
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.config import run_main
-from r3jax.run.guard import CollapseGuard
+from r3jax.run.guard import CollapseGuard, SkipGuard
 from r3jax.run.log import RunLog, quiet_libraries
-from r3jax.search.index import VersionedIndex
-from r3jax.stages.state import Stage, TrainState
+from r3jax.run.peers import Peers
+from r3jax.run.stop import Stop
+from r3jax.stages.state import Stage
 
 
 def main(argv: list[str], make_stage=assembly.make_stage) -> None:
     """Trains by a command line. make_stage: who makes the stages, for a study that watches one."""
     # Config
-    parsed = run_config.parse(argv, "r3jax.train")
+    parsed = run_config.parse(argv, "r3jax.train", fingerprint.FLAG, several=("accept",))
     config, workdir = parsed.config, parsed.workdir
+    accept = fingerprint.accepted(parsed.flags["accept"], config)
     quiet_libraries()
     weights.adopt(config, parsed.given)
     run_config.validate(config)
     plan = stages_of(config)
-    resuming = assembly.claim(workdir, config)
+    resuming = assembly.claim(workdir, config, accept)
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     clock = {"start": time.time(), "before": 0.0}
 
     # Mesh, input, model
     mesh = make_mesh(**config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Peers(config.processes.hang) as peers, Stop() as stop:
         assembly.check_batches(config, mesh)
         parts = assembly.parts(config, workdir, mesh, begun=resuming)
         parts.source  # noqa: B018  written now, so that a cache that cannot be written is no surprise later
@@ -61,25 +64,25 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
         }
         begun = [name for name in plan if checkpointers[name].latest() is not None]
         log = None
-        guard = CollapseGuard(**config.evaluate.collapse)
+        collapse = CollapseGuard(**config.evaluate.collapse)  # stage 1 sets stage 2's standard
         for i, name in enumerate(plan):
+            guards = Guards(collapse, SkipGuard())
             if name in begun[:-1]:
                 continue
             if name in begun:
                 stage = make_stage(name, parts, None)
                 target = {"train": assembly.abstract_stage_state(name, parts), "host": stage.host_state()}
                 restored, meta = checkpointers[name].restore(None, target)
+                fingerprint.refuse_data(config.data.path, meta["dataset"], parts.dataset.fingerprint, accept)
+                if int(restored["train"].step) < stage.steps:
+                    fingerprint.refuse_code(meta.get("code"), accept)
                 state = assembly.restored(restored["train"], parts)
                 stage.resume(restored["host"], meta["data"])
-                if meta["dataset"] != parts.dataset.fingerprint:
-                    raise UserError(
-                        f"config.data.path: {config.data.path} has changed since this run began; "
-                        "put the old files back or name another --workdir."
-                    )
                 check_ability(meta.get("ability_kl"), name, int(state.step), parts)
-                guard.restore(meta.get("collapse"))
+                guards.restore(meta)
                 if int(state.step) < stage.steps:
-                    guard.check(int(state.step))
+                    guards.collapse.check(int(state.step))
+                unmeasured = meta.get("unmeasured", False)
                 clock["before"] = meta["seconds"]
                 log = RunLog(workdir, resume_offset=meta["log"])
                 log.say(f"stage {name}: going on from step {int(state.step)} of {stage.steps}")
@@ -94,7 +97,8 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
                 log = log or RunLog(workdir)
                 log.say(announce(name, plan, parts, stage))
                 del start
-            run_stage(stage, state, parts, checkpointers[name], log, clock, guard)
+                unmeasured = False
+            run_stage(stage, state, parts, checkpointers[name], log, clock, guards, stop, peers, unmeasured)
             del state
         for checkpointer in checkpointers.values():
             checkpointer.close()
@@ -164,115 +168,6 @@ def announce(name: str, plan: list[str], parts: Parts, stage: Stage) -> str:
         if name == "sft" and "rl" in plan:
             lines.append("(no --config.init_from was given, so stage 1 runs before stage 2)")
     return "\n".join(lines)
-
-
-def run_stage(
-    stage: Stage,
-    state: TrainState,
-    parts: Parts,
-    checkpointer: Checkpointer,
-    log: RunLog,
-    clock: dict,
-    guard: CollapseGuard,
-) -> None:
-    """The training loop: make a batch, dispatch the update, log the step before."""
-    config = parts.config
-    first = int(state.step) + 1
-    waiting = None
-    mark, marked = time.perf_counter(), first - 1  # when the last logged step ended, and which it was
-    with log.progress(stage.name, stage.steps, start=first - 1) as progress:
-        for step in range(first, stage.steps + 1):
-            with jax.transfer_guard("disallow"):
-                batch, numbers = stage.next_batch(state, step)
-                made = time.perf_counter()
-                state, metrics = stage.update(state, batch)
-            if waiting:
-                report(log, progress, stage, config, *waiting)
-            measuring = step == stage.steps or (config.evaluate.every and step % config.evaluate.every == 0)
-            saving = measuring or step % config.checkpoint.every == 0
-            if saving or step % config.log.every == 0 or stage.name == "rl":
-                jax.block_until_ready(metrics)
-                now = time.perf_counter()
-                numbers["time/update"] = now - made
-                numbers["time/step"] = (now - mark) / (step - marked)
-                mark, marked = now, step
-            waiting = (step, numbers, metrics)
-            if saving:
-                report(log, progress, stage, config, *waiting)
-                waiting, scores, ability = None, None, None
-                if measuring:
-                    scores = validate(state.weights, parts)
-                    log.write(stage.name, step, {f"eval/{name}": value for name, value in scores.items()})
-                    progress.update(step, {"validation " + weights.BEST_KEY: scores[weights.BEST_KEY]})
-                    ability = scores.get("ability_kl")
-                    guard.see(scores, judge=stage.name == "rl")
-                crossed = ability is not None and 0 < config.evaluate.max_ability_kl < ability
-                meta = {
-                    "data": stage.stream_state(),
-                    "dataset": parts.dataset.fingerprint,
-                    "log": log.offset,
-                    "seconds": clock["before"] + time.time() - clock["start"],
-                    "ability_kl": ability,
-                    "collapse": guard.state(),
-                }
-                kept = {"train": assembly.to_keep(state, parts), "host": stage.host_state()}
-                # Without its scores a step that forgot too much is never taken for the best.
-                checkpointer.save(step, kept, meta=meta, metrics=None if crossed else scores)
-                if crossed:
-                    checkpointer.wait()
-                    check_ability(ability, stage.name, step, parts)
-                if guard.collapsed and step < stage.steps:
-                    checkpointer.wait()
-                    guard.check(step)
-                mark = time.perf_counter()
-    checkpointer.wait()
-
-
-def check_ability(kl: float | None, stage: str, step: int, parts: Parts) -> None:
-    """Raises UserError where the model has moved further from its base than the config allows."""
-    bound = parts.config.evaluate.max_ability_kl
-    if kl is not None and 0 < bound < kl:
-        raise UserError(
-            f"config.evaluate.max_ability_kl={bound:g} was crossed at step {step} of {stage}: the KL to the base on "
-            f"ordinary chats is {kl:.3g} nats per token; training stopped, its checkpoints are kept; raise the bound "
-            "to go on, or begin anew with a larger kl_weight."
-        )
-
-
-def report(log: RunLog, progress, stage: Stage, config, step: int, numbers: dict, metrics: dict) -> None:
-    """Writes one step's figures, and now and then its samples."""
-    figures = numbers | jax.device_get(metrics)
-    if not np.isfinite(figures["loss"]):
-        raise UserError(
-            f"the loss of step {step} is {figures['loss']}, the run has diverged; "
-            f"lower config.{stage.name}.learning_rate and name another --workdir."
-        )
-    if "tokens" in figures and "time/step" in figures:
-        figures["tokens_per_second"] = figures.pop("tokens") / figures["time/step"]
-    keys = (
-        ("loss", "loss/infonce", "loss/ce")
-        if stage.name == "sft"
-        else ("reward/mean", "completion/length_mean", "completion/token_rate", "index/share")
-    )
-    progress.update(step, {key: float(figures[key]) for key in keys if key in figures})
-    if stage.name == "rl" or step % config.log.every == 0 or step == stage.steps:
-        log.write(stage.name, step, figures)
-    if config.log.samples_every and step % config.log.samples_every == 0:
-        log.samples(step, stage.samples())
-
-
-def validate(params, parts: Parts) -> dict[str, float]:
-    """nDCG@10 on the validation split, without and with reasoning, and the general-ability check."""
-    index = VersionedIndex.build(parts.encode_corpus(params), 0, "exact")
-    split = parts.config.data.validation_split
-    found = evaluate(parts.reader, params, parts.dataset, split, index, ("direct", "reasoning"))
-    scores = {f"ndcg@10/{name}": float(m.summary["ndcg@10"]) for name, m in found.items()}
-    if parts.ability:
-        scores["ability_kl"] = parts.ability.kl(params)
-    return scores | {
-        "thought_tokens": found["reasoning"].summary["thought_tokens"],
-        "token_rate": found["reasoning"].summary["token_rate"],
-    }
 
 
 def stage_seconds(workdir: pathlib.Path) -> dict[str, float]:

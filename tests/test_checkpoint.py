@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from r3jax.errors import UserError
-from r3jax.run.checkpoint import Checkpointer, checksums
+from r3jax.run.checkpoint import Checkpointer
+from r3jax.run.verify import checksums
 
 
 def place(value, mesh, *spec):

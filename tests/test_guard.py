@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from r3jax import train
+from r3jax import loop, train
 from r3jax.errors import UserError
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.guard import CollapseGuard
@@ -55,7 +55,7 @@ def test_a_run_stops_keeps_the_best_and_stays_stopped(tmp_path, monkeypatch):
         rate = next(rates)
         return {"ndcg@10/direct": 0.1, "ndcg@10/reasoning": 0.4 * rate, "thought_tokens": 3.0, "token_rate": rate}
 
-    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(loop, "validate", validate)
     argv = [*fixtures.flags(folder, init_from=folder / "run", rl__steps=5, evaluate__every=1, checkpoint__keep=1)]
     argv += [f"--workdir={tmp_path / 'run'}", "--config.evaluate.collapse.evaluations=2"]
     for _ in range(2):  # the second time before any step

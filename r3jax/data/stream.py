@@ -3,6 +3,10 @@
 Axes: B global batch, N processes, L padded width.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -66,5 +70,18 @@ def stream(
     if workers:
         if not flags.FLAGS.is_parsed():  # grain's processes read absl's flags, of which we have none
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_obey)
     return iter(dataset)
+
+
+def _obey(worker: int, count: int) -> None:
+    """A worker ends with its process: not by a Ctrl-C, which goes to all of them, and not by outliving it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

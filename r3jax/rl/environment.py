@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from r3jax.errors import UserError
 from r3jax.rl import rewards
 from r3jax.rl.mix import Retrieval
 from r3jax.search.index import VersionedIndex
@@ -219,8 +220,13 @@ class Environment:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` returned."""
-        self.index = VersionedIndex.from_state(state["index"])
+        """Takes back what `state` returned; UserError if that was for another corpus."""
+        size, self.index = len(self.index), VersionedIndex.from_state(state["index"])
+        if len(self.index) != size:
+            raise UserError(
+                f"this run's index holds {len(self.index):,} documents and the data set {size:,}; put the old files "
+                "back or name another --workdir."
+            )
         mean_square, updates, decay = (float(x) for x in state["drift"])
         self.drift = DriftEstimate(mean_square, int(updates), decay)
         self.rebuilds = int(state["rebuilds"])

@@ -2,32 +2,30 @@
 
 Orbax writes in the background and renames a step into place when all of it is there, so a kill during a save
 leaves the one before. What Orbax does not see are flipped bits (they restore silently) and a damaged newest
-step: each leaf carries a checksum, and `restore` goes back, newest to oldest, to the first that is whole.
+step: `verify` sees them, and `restore` goes back, newest to oldest, to the first that is whole.
 Leaves are stored under their path's name ("params.embed"), so that a part of the state can be read alone.
 """
 
 import json
 import math
+import os
 import pathlib
+import re
+import shutil
 import sys
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from r3jax.errors import UserError
+from r3jax.run.verify import DamagedError, agree, checksums, first_line, seal, unseal
 
 PyTree = Any
-
-
-class DamagedError(Exception):
-    """A checkpoint that cannot be read or does not match its checksums; says why."""
+DESCRIPTION = pathlib.Path("meta", "metadata")  # of a checkpoint: shapes and checksums, the caller's meta, the score
 
 
 class Checkpointer:
@@ -50,18 +48,12 @@ class Checkpointer:
         self.folder = pathlib.Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise UserError(f"there are no checkpoints at {folder}; train first, or name another --workdir.")
-        self._best_key = best_key
-        keep: list = [LatestN(keep_last)]
-        best_fn = None
-        if best_key is not None:
-            # best_fn beside the policy: without it a restarted manager reads no metrics and drops the best
-            best_fn = lambda metrics: metrics[best_key]  # noqa: E731
-            keep.append(BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
+        self._keep_last, self._best_key = keep_last, best_key
+        self._scores: dict[int, float | None] = {}
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy(keep),
-                best_fn=best_fn,
+                preservation_policy=self,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
             ),
@@ -76,7 +68,7 @@ class Checkpointer:
         """The step with the best `best_key` metric, None if no step has it."""
         if self._best_key is None:
             raise ValueError("best() needs a best_key")
-        return self._manager.best_step()
+        return self._best(self._manager.all_steps())
 
     def save(
         self, step: int, state: PyTree, *, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -102,28 +94,58 @@ class Checkpointer:
                 self._manager.delete(old)
         names, leaves, _ = _named(state)
         leaves = [leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves]
+        self._scores[step] = self._value(metrics)
         with jax.transfer_guard("allow"):
             shapes = {
                 name: [list(leaf.shape), str(leaf.dtype), check]
                 for name, leaf, check in zip(names, leaves, checksums(leaves), strict=True)
             }
-            content = {"meta": {**meta, "data": _gather(json.dumps(meta.get("data")))}, "leaves": shapes}
-            text = json.dumps(content, sort_keys=True)
-            if metrics is not None:
-                value = metrics.get(self._best_key or "", math.nan)
-                metrics = {k: float(v) for k, v in metrics.items()} if math.isfinite(value) else None
+            meta = {**meta, "data": _gather(json.dumps(meta.get("data")))}
+            content = {"meta": meta, "leaves": shapes, "score": self._scores[step]}
             try:
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.PyTreeSave(dict(zip(names, leaves, strict=True))),
-                        meta=ocp.args.JsonSave({"text": text, "crc": zlib.crc32(text.encode())}),
+                        meta=ocp.args.JsonSave(seal(content)),
                     ),
-                    metrics=metrics,
                     force=True,
                 )
+            except Exception as e:
+                raise self._unwritable(e) from e
+
+    def amend(self, step: int, meta: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
+        """Adds to a checkpoint's meta, once it is on disk, and gives it metrics: all of that or, after a kill, nothing.
+
+        The arrays are not touched. Raises DamagedError or a UserError if its description cannot be read or written.
+        """
+        self.wait()
+        file = self.folder / str(step) / DESCRIPTION
+        content = unseal(file)
+        self._scores[step] = content["score"] = self._value(metrics)
+        content["meta"] |= meta
+        if jax.process_index() == 0:
+            part = file.with_name(file.name + ".part")
+            try:
+                part.write_text(json.dumps(seal(content)), encoding="utf-8")
+                os.replace(part, file)
             except OSError as e:
                 raise self._unwritable(e) from e
+
+    def check_room(self, state: PyTree, most: int) -> None:
+        """Raises UserError where the disk has no room for what there will be at a time: the newest, the best, the next.
+
+        state: a tree of arrays, or of their shapes. most: how many checkpoints there can be in all.
+        """
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        needed = min(self._keep_last + 2, most) * size
+        held = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if needed > held + free:
+            raise UserError(
+                f"--workdir: the checkpoints in {self.folder} need {needed / 1e9:.3g} GB and its disk has "
+                f"{free / 1e9:.3g} GB left; make room, lower config.checkpoint.keep or name another --workdir."
+            )
 
     def restore(self, step: int | None, target: PyTree, partial: bool = False) -> tuple[PyTree, dict]:
         """Reads a checkpoint and verifies it.
@@ -156,13 +178,14 @@ class Checkpointer:
             if reasons and jax.process_index() == 0:
                 print(f"warning: {'; '.join(reasons)}; going on from step {candidate}", file=sys.stderr)
             return restored
-        raise UserError(f"{'; '.join(reasons)}; no whole one is left; move the folder away to start anew.")
+        fix = "move the folder away to start anew" if step is None else "remove it to use the others"
+        raise UserError(f"{'; '.join(reasons)}; {'no whole one is left; ' if step is None else ''}{fix}.")
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises a UserError if it could not be written."""
         try:
             self._manager.wait_until_finished()
-        except OSError as e:
+        except Exception as e:
             raise self._unwritable(e) from e
 
     def close(self) -> None:
@@ -174,13 +197,10 @@ class Checkpointer:
         """One attempt; every process comes to the same result, so that all fall back together."""
         content, why = None, ""
         try:
-            kept = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            if zlib.crc32(kept["text"].encode()) != kept["crc"]:
-                raise ValueError("its description does not match its checksum")
-            content = json.loads(kept["text"])
-        except Exception as e:  # whatever a damaged file makes of it
-            why = _first_line(e)
-        _agree(why)
+            content = unseal(self.folder / str(step) / DESCRIPTION)
+        except DamagedError as e:
+            why = str(e)
+        agree(why)
         assert content is not None
         names, leaves, treedef = _named(target)
         self._same(content["leaves"], dict(zip(names, leaves, strict=True)), step, partial)
@@ -191,12 +211,12 @@ class Checkpointer:
         try:
             flat = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
             found = [flat[name] for name in names]
-            for name, check in zip(names, checksums(found), strict=True):
-                if check != content["leaves"][name][2]:
+            for name, leaf, check in zip(names, found, checksums(found), strict=True):
+                if [list(leaf.shape), str(leaf.dtype), check] != content["leaves"][name]:
                     raise ValueError(f"{name} does not match its checksum")
         except Exception as e:  # Orbax and tensorstore raise bare exceptions for damaged files
-            why = _first_line(e)
-        _agree(why)
+            why = first_line(e)
+        agree(why)
         meta = content["meta"]
         return treedef.unflatten(found), {**meta, "data": _own(meta["data"], self.folder)}
 
@@ -216,31 +236,46 @@ class Checkpointer:
         if extra:
             raise UserError(f"{where} it has {extra[0]}, which is not used here.")
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"a checkpoint could not be written to {self.folder}: {_first_line(error)}.")
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks which checkpoints to keep: the newest, and the best."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in {*steps[-self._keep_last :], self._best(steps)} for step in steps]
 
+    def _best(self, steps: Sequence[int]) -> int | None:
+        """The step with the highest score, the later one of two alike; None where none has any."""
+        if self._best_key is None:
+            return None
+        for step in set(steps) - set(self._scores):
+            self._scores[step] = self._score(step)
+        known = [(score, step) for step in steps if (score := self._scores[step]) is not None]
+        return max(known)[1] if known else None
 
-def checksums(leaves: list[Any]) -> list[int]:
-    """One uint32 for each array: the wrap-around sum of its bits, the same however it is sharded."""
-    on_device = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-    sums = jax.device_get(_device_sums([leaves[i] for i in on_device]))
-    result = {i: int(s) for i, s in zip(on_device, sums, strict=True)}
-    return [result[i] if i in result else _host_sum(np.asarray(leaf)) for i, leaf in enumerate(leaves)]
+    def _value(self, metrics: Mapping[str, float] | None) -> float | None:
+        value = (metrics or {}).get(self._best_key or "", math.nan)
+        return float(value) if math.isfinite(value) else None
 
+    def _score(self, step: int) -> float | None:
+        """The score of a checkpoint on disk; one that is damaged has none."""
+        folder = self.folder / str(step)
+        try:
+            content = unseal(folder / DESCRIPTION)
+            if "score" in content:
+                return content["score"]
+            # A run from before scores were sealed: Orbax keeps them in a file of their own.
+            return json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))[self._best_key]
+        except (DamagedError, OSError, ValueError, LookupError, TypeError):
+            return None
 
-@jax.jit
-def _device_sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    def one(x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-        words = jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}")
-        return jnp.sum(jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32), dtype=jnp.uint32)
-
-    return [one(x) for x in leaves]
-
-
-def _host_sum(x: np.ndarray) -> int:
-    words = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(4, x.dtype.itemsize)}")
-    return int(np.sum(words, dtype=np.uint32))
+    def _unwritable(self, error: Exception) -> Exception:
+        """A UserError if it was the disk: an OSError, or tensorstore's ValueError, which quotes the system."""
+        said = re.search(r"([^:]*) \[os_error_code", str(error))
+        if not said and not isinstance(error, OSError):
+            return error
+        why = said[1].strip() if said else first_line(error)
+        return UserError(
+            f"a checkpoint could not be written to {self.folder}: {why}; the one before is intact: make room and give "
+            "the same command again."
+        )
 
 
 def _named(tree: PyTree) -> tuple[list[str], list[Any], Any]:
@@ -264,15 +299,6 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
-def _agree(why: str) -> None:
-    """Raises DamagedError on all processes if one of them has a reason."""
-    bad = bool(why)
-    if jax.process_count() > 1:
-        bad = bool(np.any(multihost_utils.process_allgather(np.array(bad))))
-    if bad:
-        raise DamagedError(why or "another process could not read it")
-
-
 def _gather(text: str) -> list[str]:
     """The text of every process, in their order."""
     if jax.process_count() == 1:
@@ -292,7 +318,3 @@ def _own(texts: list[str], folder: pathlib.Path) -> Any:
     if len(set(texts)) > 1:
         raise UserError(f"{folder} was written by {len(texts)} processes; start as many to read it on.")
     return json.loads(texts[0])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

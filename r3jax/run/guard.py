@@ -1,4 +1,4 @@
-"""The collapse guard: a policy that no longer ends its thoughts, or finds less and less, need not be trained on."""
+"""When training need not go on: a policy that has collapsed, and steps without a finite loss or gradient."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -55,4 +55,25 @@ class CollapseGuard:
                 f"under config.evaluate.collapse.ndcg={self.ndcg:g} of its best, {self.best:.3f}; training stopped and "
                 "the best checkpoint is kept, for python -m r3jax.evaluate; begin anew with a lower rl.learning_rate "
                 "or a larger rl.kl_weight, or set config.evaluate.collapse.evaluations=0 to go on."
+            )
+
+
+SKIPS = 5  # updates skipped in a row that end a run
+
+
+@dataclasses.dataclass
+class SkipGuard:
+    """Counts updates that were skipped because their loss or gradient was not finite; checkpoints keep `row`."""
+
+    row: int = 0  # in a row, until now
+
+    def see(self, stage: str, step: int, skipped: bool) -> None:
+        """Takes in one step; raises UserError after `SKIPS` in a row."""
+        self.row = self.row + 1 if skipped else 0
+        if self.row == SKIPS:
+            raise UserError(
+                f"the last {SKIPS} steps up to step {step} of {stage} had no finite loss or gradient: the run has "
+                "diverged; training stopped and the checkpoints are kept; lower "
+                f"config.{stage}.learning_rate and name another --workdir, or go on from the last checkpoint with "
+                f"--accept={stage}.learning_rate."
             )

@@ -1,6 +1,6 @@
-"""What a run leaves to read: metrics.jsonl, samples.jsonl, TensorBoard scalars, and the terminal.
+"""What a run leaves to read: metrics.jsonl, samples.jsonl, ledger.jsonl, TensorBoard scalars, and the terminal.
 
-The two .jsonl files are part of the state: a checkpoint keeps their lengths (`RunLog.offset`), and a resumed
+The .jsonl files are part of the state: a checkpoint keeps their lengths (`RunLog.offset`), and a resumed
 run cuts them back, so that an interrupted run ends with the same lines, apart from times, as one that was
 not. On a terminal the progress is a live bar; elsewhere (CI, nohup) it is a plain line now and then.
 """
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
+METRICS, SAMPLES, LEDGER, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "ledger.jsonl", "tensorboard"
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
 PLAIN_SHARE, PLAIN_SECONDS = 0.1, 60.0  # a plain line for each tenth of the steps, and each minute
 ETA_WINDOW = 20  # the last steps' mean time gives the ETA, so that the first compilation does not spoil it
@@ -41,7 +41,7 @@ class RunLog:
 
     Args:
       workdir: the folder of the run; made if missing.
-      resume_offset: `offset` as the restored checkpoint kept it; None starts both files anew.
+      resume_offset: `offset` as the restored checkpoint kept it; None starts the files anew.
       quiet: if True, nothing is printed; the files are written all the same.
     """
 
@@ -57,7 +57,7 @@ class RunLog:
         self._boards: dict[str, SummaryWriter] = {}
         if self._writes:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS, SAMPLES):
+            for name in (METRICS, SAMPLES, LEDGER):
                 self._files[name] = self._open(name, (resume_offset or {}).get(name, 0))
 
     @property
@@ -112,6 +112,15 @@ class RunLog:
             self._append(SAMPLES, {"step": step} | {k: None if _odd(v) else v for k, v in plain.items()})
             table.add_row(*(Text(_short(v) if isinstance(v, float) else str(v)) for v in plain.values()))
         self.console.print(table)
+
+    def consumed(self, stage: str, step: int, rows: Sequence[int], skipped: bool) -> None:
+        """Appends to ledger.jsonl which training records (their query's rows, in order) went into a step.
+
+        So it can be proved that none was lost or doubled, by resumption for one. skipped: the step's update was none.
+        """
+        if self._writes:
+            line = {"stage": stage, "step": step, "rows": list(rows)}
+            self._append(LEDGER, line | ({"skipped": True} if skipped else {}))
 
     def say(self, text: str) -> None:
         """Prints one announcement."""

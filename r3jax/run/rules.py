@@ -295,7 +295,7 @@ RULES: list[Rule] = [
     # state and what the user sees
     *at_least(1, "checkpoint.every", "checkpoint.keep", "log.every", "evaluate.batch_size"),
     *at_least(0, "log.samples_every", "evaluate.every", "evaluate.thoughts", "evaluate.max_ability_kl"),
-    *at_least(0, "evaluate.collapse.evaluations"),
+    *at_least(0, "evaluate.collapse.evaluations", "processes.hang"),
     *between(0, 1, "evaluate.collapse.token_rate", "evaluate.collapse.ndcg"),
 ]
 

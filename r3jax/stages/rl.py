@@ -23,6 +23,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from r3jax.data.stream import stream
+from r3jax.errors import UserError
 from r3jax.losses import in_chunks, info_nce
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.lora import join
@@ -193,6 +194,9 @@ class RL:
             batch = batch | {packs: made, begins: np.stack(starts, 1)}
         return batch
 
+    def consumed(self) -> list[int]:
+        return self._collector.consumed
+
     def samples(self) -> list[dict]:
         return self._samples
 
@@ -206,9 +210,18 @@ class RL:
         self.environment.restore(host_state)
         self._stream.set_state(stream_state)
 
+    def close(self) -> None:
+        self._stream.close()
+
     def _encode(self, params, rows: np.ndarray) -> np.ndarray:
         documents = [self.documents[row] for row in rows]
-        return encode_rows(params, self.model, self.mesh, documents, batch_size=self.encode_batch)
+        vectors = encode_rows(params, self.model, self.mesh, documents, batch_size=self.encode_batch)
+        if not np.isfinite(vectors).all():
+            raise UserError(
+                "the vector of a document is not finite, the run has diverged; lower config.rl.learning_rate and name "
+                "another --workdir."
+            )
+        return vectors
 
     def _keep_samples(self, groups: Groups, grouped: np.ndarray) -> None:
         """The best and the worst completion of the first four queries."""
@@ -322,7 +335,7 @@ def update(state: TrainState, batch, *, model: ModelConfig, tx, policy: PolicyCo
         rows = partial(encode_rollouts, reference=state.reference)
         global_loss = partial(loss, batch=batch, policy=policy)
         (_, metrics), gradient = value_and_grad(rows, global_loss, state.params, batch, chunks)
-        state, norms = apply(tx, state, gradient)
+        state, norms = apply(tx, state, gradient, metrics["loss"])
         return state, metrics | norms
 
     if policy.epochs == 1:

@@ -84,11 +84,13 @@ class Collector:
         self.model, self.mesh, self.group, self.rounds = model, mesh, group, rounds
         self.max_query, self.hard_negatives, self.on_nan = max_query, hard_negatives, on_nan
         self.temperature, self.max_new = temperature, max_new
+        self.consumed: list[int] = []  # query rows that the last `collect` took from the stream
         self._whole = NamedSharding(mesh, P())  # on every device
         self._key = jax.device_put(jax.random.key(seed), self._whole)
 
     def collect(self, weights, encode: Callable[[np.ndarray], np.ndarray], step: int) -> tuple[Groups, dict[str, Any]]:
         """The groups of optimiser step `step` (from 1) under `weights`, and what their making measured."""
+        self.consumed = []
         groups, stats = self._round(weights, encode, step, 0)
         size, used, replaced, drawn_flat = len(groups.query), 0, 0, 0
         while used < self.rounds and (slots := np.flatnonzero(groups.flat)).size:
@@ -114,6 +116,7 @@ class Collector:
         """One batch of prompts, sampled and rewarded."""
         clock = Clock()
         batch = next(self.stream)
+        self.consumed += batch["query"].tolist()
         rows = self.chat.reasoning_prompts([self.queries[row] for row in batch["query"]], self.max_query)
         prompts, lengths = pad(rows, bucket_of(self.chat.reasoning_extra + self.max_query))
         done = jax.device_get(self._sample(weights, prompts, lengths, batch["query"], step, number))

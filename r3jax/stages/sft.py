@@ -72,7 +72,7 @@ class PairTransform:
         self.negatives = negatives  # rows [N, H'], -1 where there are fewer: documents like document i
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        n, chat = self.lengths, self.chat
+        n, chat, query_row = self.lengths, self.chat, record["query_row"]
         if rng.random() < self.pseudo:
             record = self._pseudo(rng)
         positives = record["positives"]
@@ -90,6 +90,7 @@ class PairTransform:
         doc_length = chat.direct_extra + n.document
         known = fill(positives, self.most_positives, -1)
         return {
+            "query_row": np.array(query_row, np.int32),
             "direct": fill(direct, chat.direct_extra + n.query),
             "direct_length": np.array(len(direct), np.int32),
             "reasoned": fill(reasoned, chat.reasoning_extra + n.query + n.thought + 1),
@@ -146,6 +147,7 @@ class SFT:
         margin: float,
     ):
         self.steps, self.mesh = steps, mesh
+        self._consumed: list[int] = []
         self._stream = stream(
             source,
             transform=transform,
@@ -181,6 +183,7 @@ class SFT:
 
     def next_batch(self, state: TrainState, step: int):
         batch = next(self._stream)
+        self._consumed = batch.pop("query_row").tolist()
         tokens = sum(int(batch[name].sum()) for name in ("direct_length", "reasoned_length", "doc_lengths"))
         return put_batch(self.mesh, self.packed(batch)), {"tokens": tokens * jax.process_count()}
 
@@ -196,6 +199,9 @@ class SFT:
         docs, begins = to_packs(kinds, length=self._doc_pack)
         return batch | {"doc_begins": np.stack(begins, 1), "query_packs": queries, "doc_packs": docs}
 
+    def consumed(self) -> list[int]:
+        return self._consumed
+
     def samples(self) -> list[dict]:
         return []
 
@@ -207,6 +213,9 @@ class SFT:
 
     def resume(self, host_state: dict, stream_state) -> None:
         self._stream.set_state(stream_state)
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def encode(
@@ -327,5 +336,5 @@ def update(
 
     global_loss = partial(loss, batch=batch, weights=weights, temperature=temperature, margin=margin)
     (_, metrics), gradient = value_and_grad(encode_rows, global_loss, state.params, batch, chunks)
-    state, norms = apply(tx, state, gradient)
+    state, norms = apply(tx, state, gradient, metrics["loss"])
     return state, metrics | norms

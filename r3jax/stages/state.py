@@ -46,6 +46,9 @@ class Stage(Protocol):
     def update(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimiser step; pure and jitted. The state is donated."""
 
+    def consumed(self) -> list[int]:
+        """Query rows of the records that this process's last batch took from the stream, in their order."""
+
     def samples(self) -> list[dict]:
         """Rows for the table of sampled completions; empty where there are none."""
 
@@ -57,6 +60,9 @@ class Stage(Protocol):
 
     def resume(self, host_state: dict, stream_state: Any) -> None:
         """Takes both back."""
+
+    def close(self) -> None:
+        """Ends the data workers; there will be no next batch."""
 
 
 def optimiser(
@@ -161,8 +167,20 @@ def value_and_grad(encode: Callable, loss: Callable, params, batch, chunks: int)
     return grad_cache(encode, loss, params, batch, chunks, has_aux=True)
 
 
-def apply(tx: optax.GradientTransformation, state: TrainState, gradient) -> tuple[TrainState, dict]:
-    """One optimiser step and the gradient's norm before clipping."""
+def apply(
+    tx: optax.GradientTransformation, state: TrainState, gradient, loss: jax.Array | float = 0.0
+) -> tuple[TrainState, dict]:
+    """One optimiser step, the gradient's norm before clipping, and whether the step was skipped.
+
+    Where loss or gradient is not finite, weights and optimiser stay as they are and only `step` counts on.
+    """
+    norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
+    good = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    return state, {"grad_norm": optax.tree.norm(optax.tree.cast(gradient, jnp.float32))}
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    return state, {"grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}

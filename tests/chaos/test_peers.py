@@ -1,0 +1,94 @@
+"""Two real processes: whatever becomes of one, the other ends within seconds and names it."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from tests import fixtures
+
+pytestmark = pytest.mark.slow
+HANG = 10.0
+
+
+@pytest.fixture
+def pair():
+    """Starts both with the fates given; kills what is left of them."""
+    started = []
+
+    def start(*fates: str):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        started.extend(
+            fixtures.run_python("-m", "tests.chaos.peer", str(rank), str(port), str(HANG), fate)
+            for rank, fate in enumerate(fates)
+        )
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def end_of(process, within: float) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=within)
+    return process.returncode, errors
+
+
+def wait_for_step_2(*processes) -> None:
+    for process in processes:
+        assert process.stdout.readline().startswith("pid "), process.communicate()[1]
+
+
+def test_both_end_well(pair):
+    assert [end_of(process, 120)[0] for process in pair("none", "none")] == [0, 0]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_is_killed(pair, lost):
+    processes = pair("linger", "linger")
+    wait_for_step_2(*processes)
+    processes[lost].kill()
+    code, errors = end_of(processes[1 - lost], 30)
+    assert code == 1 and f"error: process {lost} of 2 (" in errors and ") has ended; process" in errors, errors
+
+
+@pytest.mark.parametrize("fate, code, own", [("raise", 1, "Traceback"), ("mistake", 2, "error: config.x: a mistake")])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_fails(pair, failing, fate, code, own):
+    fates = ["linger", "linger"]
+    fates[failing] = fate
+    processes = pair(*fates)
+    wait_for_step_2(*processes)
+    got, errors = end_of(processes[1 - failing], 30)
+    assert got == 1 and f"error: process {failing} of 2 (" in errors and "failed: " in errors, errors
+    got, errors = end_of(processes[failing], 30)
+    assert got == code and own in errors, errors
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_one_hangs(pair, hanging):
+    fates = ["linger", "linger"]
+    fates[hanging] = "hang"
+    processes = pair(*fates)
+    wait_for_step_2(*processes)
+    for process in processes:
+        code, errors = end_of(process, HANG + 30)
+        assert code == 1 and f"behind is process {hanging} of 2 (" in errors, errors
+        assert "most recent call first" in errors  # the stacks
+        assert ("time.sleep" in errors or "peer.py" in errors) or process is not processes[hanging]
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_one_is_stopped(pair, stopped):
+    """SIGSTOP: its machine still answers, it does not."""
+    processes = pair("linger", "linger")
+    wait_for_step_2(*processes)
+    begin = time.monotonic()
+    os.kill(processes[stopped].pid, signal.SIGSTOP)
+    code, errors = end_of(processes[1 - stopped], HANG + 30)
+    assert code == 1 and f"process {stopped} of 2 (" in errors, errors
+    assert time.monotonic() - begin > 5
