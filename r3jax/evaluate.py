@@ -17,7 +17,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from r3jax import assembly, weights
+from r3jax import assembly, processes, weights
 from r3jax.errors import UserError
 from r3jax.model.sharding import make_mesh
 from r3jax.results import table
@@ -41,6 +41,7 @@ FORMATS = ("text", "markdown", "json", "latex")
 
 def main(argv: list[str]) -> None:
     parsed = run_config.parse(argv, "r3jax.evaluate", FLAGS, config_required=False, several=("data", "split"))
+    processes.connect()
     config, workdir, flags = parsed.config, parsed.workdir, parsed.flags
     if flags["stage"] not in (None, "sft", "rl"):
         raise UserError(f"--stage must be sft or rl, not {flags['stage']!r}.")
@@ -81,6 +82,8 @@ def main(argv: list[str]) -> None:
             models = [(stage, params)]
             found = compare(parts.dataset, splits, models, parts.reader, parts.encode_corpus, out, conditions)
             results = {"name": config.name, "data": parts.dataset.name} | found
+            if not processes.leads():
+                continue
             (out / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
             show(results, style, several=len(sets) > 1)
             print(f"results: {out}", file=sys.stdout if style == "text" else sys.stderr)

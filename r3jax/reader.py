@@ -13,7 +13,7 @@ import numpy as np
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sampler import advance, begin, sample
-from r3jax.model.sharding import batch_parts, put_batch
+from r3jax.model.sharding import batch_parts, own_rows, put_batch, to_host
 from r3jax.text.prompts import ChatFormat
 
 TEMPERATURE = 0.7  # of sampled thoughts
@@ -123,10 +123,10 @@ class Reader:
                 filled.astype(np.int32),
             )
             with jax.set_mesh(self.mesh):
-                done = jax.device_get(
+                done = to_host(
                     sample(
                         params,
-                        *put_batch(self.mesh, batch),
+                        *put_batch(self.mesh, own_rows(self.mesh, batch)),
                         jax.random.key(0),
                         config=self.model,
                         group=count,
