@@ -1,8 +1,9 @@
 """Trains a reasoning embedder.
 
-    python -m r3jax.train --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...]
+    python -m r3jax.train --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...] [--accept=NAMES]
 
-One loop for both stages. A run that was stopped goes on, bit for bit, when the same command is given again.
+One loop for both stages. A run that was stopped goes on, bit for bit, when the same command is given again. SIGTERM and
+Ctrl-C save first, and exit with 75.
 """
 
 import json
@@ -119,22 +120,22 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
                 yield name, params
 
         outcome = compare(parts.dataset, config.data.eval_splits, models(), parts.reader, parts.encode_corpus, workdir)
-    if not processes.leads():
-        return
-    results = {"name": config.name, "seed": config.seed, "device": jax.devices()[0].device_kind} | outcome
-    if "rl" in plan:
-        results["refresh"] = refresh_figures(workdir / "metrics.jsonl", config.index.policy)
-    if ability:
-        results["ability_kl"] = ability  # KL(base || model) on ordinary chats, nats per token
-    results["stage_seconds"] = stage_seconds(workdir) | {"evaluate": time.time() - begin}
-    results["seconds"] = clock["before"] + time.time() - clock["start"]
-    results["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    log.close()
+        if not processes.leads():
+            return
+        results = {"name": config.name, "seed": config.seed, "device": jax.devices()[0].device_kind} | outcome
+        if "rl" in plan:
+            results["refresh"] = refresh_figures(workdir / "metrics.jsonl", config.index.policy)
+        if ability:
+            results["ability_kl"] = ability  # KL(base || model) on ordinary chats, nats per token
+        results["stage_seconds"] = stage_seconds(workdir) | {"evaluate": time.time() - begin}
+        results["seconds"] = clock["before"] + time.time() - clock["start"]
+        results["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        log.close()
 
-    # Table and page
-    table.show(results)
-    print(f"report: {write_report(workdir)}")
+        # Table and page
+        table.show(results)
+        print(f"report: {write_report(workdir)}")
 
 
 def stages_of(config) -> list[str]:

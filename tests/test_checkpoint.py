@@ -1,7 +1,10 @@
 """Checkpoints: exact round trips on a mesh, damage found and passed over, the best kept over restarts."""
 
+import json
 import os
 import pathlib
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from r3jax.errors import UserError
 from r3jax.run.checkpoint import Checkpointer
-from r3jax.run.verify import checksums
+from r3jax.run.verify import checksums, seal, unseal
+from tests.damage import survive
 
 
 def place(value, mesh, *spec):
@@ -138,6 +142,11 @@ def test_a_flipped_bit_that_the_format_does_not_see_is_found(tmp_path, capfd):
     assert "is damaged: x does not match its checksum; going on from step 1" in capfd.readouterr().err
 
 
+def test_damage_to_any_one_file_restores_no_wrong_value(tmp_path):
+    state = make_state()
+    assert survive(tmp_path, [make_state(1), make_state(2)], target_of(state), 12, random.Random(1)) > 2
+
+
 def test_an_empty_newest_step_is_passed_over(two):
     (two / "3").mkdir()
     state, _ = Checkpointer(two, keep_last=2).restore(None, target_of(make_state()))
@@ -210,6 +219,65 @@ def test_without_metrics_there_is_no_best(tmp_path):
     store.wait()
     assert store.best() is None and store.latest() == 2
     assert {p.name for p in tmp_path.iterdir() if p.name.isdigit()} == {"2"}
+
+
+def test_figures_may_follow_a_checkpoint(tmp_path):
+    store = Checkpointer(tmp_path, keep_last=1, best_key="ndcg")
+    for step, figure in {1: 0.5, 2: 0.3, 3: 0.4}.items():
+        store.save(step, {"x": np.full(2, step)}, meta={"data": step, "due": True})
+        store.amend(step, {"due": False}, {"ndcg": figure})
+    store.close()
+    store = Checkpointer(tmp_path, keep_last=1, best_key="ndcg")
+    assert (store.best(), store.latest()) == (1, 3)
+    for step in (1, 3):
+        state, meta = store.restore(step, {"x": np.zeros(2, int)})
+        assert (state["x"] == step).all() and meta == {"data": step, "due": False}
+
+
+def test_a_run_from_before_scores_were_sealed_keeps_its_best(tmp_path):
+    store = Checkpointer(tmp_path, keep_last=3, best_key="ndcg")
+    for step in (1, 2):
+        store.save(step, {"x": np.zeros(2)}, meta={})
+    store.close()
+    for step, figure in ((1, 0.9), (2, 0.1)):  # as Orbax writes them
+        file = tmp_path / str(step) / "meta" / "metadata"
+        content = unseal(file)
+        del content["score"]
+        file.write_text(json.dumps(seal(content)))
+        (tmp_path / str(step) / "metrics").mkdir()
+        (tmp_path / str(step) / "metrics" / "metrics").write_text(json.dumps({"ndcg": figure}))
+    assert Checkpointer(tmp_path, keep_last=3, best_key="ndcg", read_only=True).best() == 1
+
+
+def test_a_damaged_one_that_was_asked_for_is_not_replaced_in_silence(two):
+    flip_bit(two, 2, "meta")
+    with pytest.raises(UserError, match="checkpoint 2 in .* is damaged: .*; remove it to use the others"):
+        Checkpointer(two, keep_last=2).restore(2, target_of(make_state()))
+
+
+def test_a_disk_without_room_is_named_before_it_is_full(tmp_path, monkeypatch):
+    store, state = Checkpointer(tmp_path, keep_last=2), {"x": np.zeros(250_000)}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 5 * 10**6))
+    store.check_room(state, most=2)
+    with pytest.raises(UserError, match="need 0.008 GB and its disk has 0.005 GB left"):
+        store.check_room(state, most=100)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error writing \"x\": Failed: No space left on device [os_error_code='28']"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, error):
+    def full():
+        raise error
+
+    store = Checkpointer(tmp_path, keep_last=1)
+    monkeypatch.setattr(store._manager, "wait_until_finished", full)
+    with pytest.raises(UserError, match="could not be written to .*No space left on device; the one before is intact"):
+        store.wait()
 
 
 def test_checksums_do_not_depend_on_the_place():

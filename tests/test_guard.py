@@ -2,12 +2,14 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
-from r3jax import loop, train
+from r3jax import assembly, loop, train
 from r3jax.errors import UserError
 from r3jax.run.checkpoint import Checkpointer
-from r3jax.run.guard import CollapseGuard
+from r3jax.run.guard import SKIPS, CollapseGuard, SkipGuard
 from r3jax.weights import BEST_KEY
 from tests import fixtures
 
@@ -45,6 +47,44 @@ def test_its_state_survives():
     with pytest.raises(UserError, match="collapsed by step 7 of rl: at 2 validations .* of its best, 0.400; training"):
         other.check(7)
     CollapseGuard(2, 0.5, 0.5).restore(None)
+
+
+def test_skipped_steps_in_a_row_end_a_run():
+    guard = SkipGuard()
+    for step, skipped in enumerate([True] * (SKIPS - 1) + [False] + [True] * (SKIPS - 1)):
+        guard.see("sft", step, skipped)
+    assert guard.row == SKIPS - 1
+    with pytest.raises(UserError, match=f"the last {SKIPS} steps up to step 20 of sft had no finite loss or gradient"):
+        guard.see("sft", 20, True)
+
+
+def test_a_run_that_skips_says_which_queries_and_stops_at_its_last_checkpoint(tmp_path, capsys):
+    """From step 3 on every loss is not finite; the checkpoint of step 4 is as good as that of step 2."""
+
+    def poisoned(name, parts, start):
+        stage = assembly.make_stage(name, parts, start)
+        update = stage.update
+
+        def skip(state, batch):
+            if int(jax.device_get(state.step)) < 2:
+                return update(state, batch)
+            metrics = {"loss": np.float32("nan"), "grad_norm": np.float32("inf"), "skipped": np.float32(1)}
+            return state.replace(step=state.step + jax.device_put(1, state.step.sharding)), metrics
+
+        stage.update = skip
+        return stage
+
+    fixtures.write_dataset(tmp_path / "data", thoughts=True)
+    few = {"sft__steps": 20, "sft__kl_weight": 0.0, "evaluate__every": 0, "checkpoint__every": 2}
+    argv = [*fixtures.flags(tmp_path, "sft", **few), f"--workdir={tmp_path / 'run'}"]
+    for _ in range(2):  # a resumed run still knows how many there were
+        with pytest.raises(UserError, match="up to step 7 of sft had no finite loss .* are kept; lower config.sft"):
+            train.main(argv, poisoned)
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in ledger if row.get("skipped")] == [3, 4, 5, 6, 7]
+    told = "sft step 3 has no finite loss or gradient (nan, inf); its update is skipped; its batch: queries "
+    assert told + str(ledger[2]["rows"]) in capsys.readouterr().out
+    assert Checkpointer(tmp_path / "run" / "checkpoints" / "sft", 2, read_only=True).latest() == 6
 
 
 def test_a_run_stops_keeps_the_best_and_stays_stopped(tmp_path, monkeypatch):

@@ -51,6 +51,20 @@ def test_the_optimisers_state_is_in_float32_and_its_shapes_are_known(dtype):
         assert want.sharding.is_equivalent_to(got.sharding, got.ndim)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gradient, loss", [(jnp.nan, 0.0), (jnp.inf, 0.0), (1e-3, jnp.nan)])
+def test_a_step_without_a_finite_loss_or_gradient_changes_nothing_but_the_count(dtype, gradient, loss):
+    _, state = descend(dtype, 2)
+    step = jax.jit(lambda s, g, x: apply(TX, s, {"w": g}, x))
+    same = jnp.full(64, 1e-3, dtype)
+    after, metrics = step(state, same.at[3].set(gradient), loss)
+    assert metrics["skipped"] == 1 and int(after.step) == int(state.step) + 1
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
+    after, metrics = step(after, same, 0.0)
+    assert metrics["skipped"] == 0 and np.all(after.params["w"] != state.params["w"]) or dtype == "bfloat16"
+    assert int(optax.tree.get(after.opt_state, "count")) == 3
+
+
 def test_the_norm_of_a_bfloat16_gradient_is_summed_in_float32():
     params = {"w": jnp.zeros(4096, jnp.bfloat16), "b": jnp.zeros(3, jnp.bfloat16)}
     state = new_state(params, TX, make_mesh(devices=jax.devices()[:1]), keep_reference=False)

@@ -116,6 +116,17 @@ def test_what_a_run_leaves_on_disk(finished):
     assert "rl_reasoning" in said and f"report: {folder / 'report.html'}" in said
 
 
+def test_the_ledger_has_each_training_record_once_an_epoch(finished):
+    folder, _, _ = finished
+    rows = lines(folder / "ledger.jsonl")
+    for stage, batch, steps in (("sft", 16, 40), ("rl", 8, 4)):
+        taken = [row["rows"] for row in rows if row["stage"] == stage]
+        assert list(map(len, taken)) == [batch] * steps
+        queries = sum(taken, [])
+        for epoch in (queries[i : i + 120] for i in range(0, len(queries), 120)):
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(120))
+
+
 def test_the_page_draws_what_a_run_logs(finished):
     folder, _, _ = finished
     logged = {key for line in (folder / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
@@ -259,7 +270,8 @@ def same_run(folder, killed, whole):
         same_bits(a, b)
         assert data_a == data_b
     assert list(map(timeless, lines(killed / "metrics.jsonl"))) == list(map(timeless, lines(whole / "metrics.jsonl")))
-    assert (killed / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "ledger.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert (killed / "examples.json").read_bytes() == (whole / "examples.json").read_bytes()
     results = [json.loads((w / "results.json").read_text()) for w in (killed, whole)]
     assert results[0]["p_values"] == results[1]["p_values"]

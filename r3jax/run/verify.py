@@ -20,7 +20,7 @@ class DamagedError(Exception):
 
 
 def checksums(leaves: list[Any]) -> list[int]:
-    """One uint32 for each array: the wrap-around sum of its bits, the same however it is sharded or filled up with 0."""
+    """One uint32 for each array: the wrap-around sum of its bits, however it is sharded or filled up with zeros."""
     on_device = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not is_spread(leaf)]
     sums = jax.device_get(_device_sums([leaves[i] for i in on_device]))
     result = {i: int(s) for i, s in zip(on_device, sums, strict=True)}

@@ -3,7 +3,6 @@
 FATE befalls it in step 3: none, raise, mistake, hang, or linger (it goes on until something else ends it).
 """
 
-import os
 import sys
 import time
 
@@ -13,11 +12,13 @@ from jax.experimental import multihost_utils
 
 from r3jax.errors import UserError
 from r3jax.run.peers import Peers
+from r3jax.run.stop import Stop
 
 
 def main(rank: int, port: int, hang: float, fate: str) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-    with Peers(hang) as peers:
+    with Peers(hang) as peers, Stop() as stop:
+        stop.stepping = True
         for step in range(1, 10_000 if fate == "linger" else 6):
             if step == 3 and fate == "raise":
                 raise RuntimeError("a fault of its own")
@@ -28,7 +29,10 @@ def main(rank: int, port: int, hang: float, fate: str) -> None:
             peers.beat()
             multihost_utils.process_allgather(np.int32(step))
             if step == 2:
-                print(f"pid {os.getpid()}", flush=True)
+                print("at step 2", flush=True)
+            if stop.due(step):
+                print(f"stopping at step {step}", flush=True)
+                stop.end()
             if fate == "linger":
                 time.sleep(0.05)
 

@@ -40,11 +40,21 @@ def end_of(process, within: float) -> tuple[int, str]:
 
 def wait_for_step_2(*processes) -> None:
     for process in processes:
-        assert process.stdout.readline().startswith("pid "), process.communicate()[1]
+        assert process.stdout.readline() == "at step 2\n", process.communicate()[1]
 
 
 def test_both_end_well(pair):
     assert [end_of(process, 120)[0] for process in pair("none", "none")] == [0, 0]
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_one_gets_a_preemption_notice(pair, told):
+    processes = pair("linger", "linger")
+    wait_for_step_2(*processes)
+    processes[told].terminate()
+    said = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], said
+    assert said[0][0] == said[1][0] and said[0][0].startswith("stopping at step ")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
