@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import cloud_tpu_init  # whether this is a TPU VM; there is no public name for it
 from jax.sharding import NamedSharding
@@ -83,6 +85,12 @@ def _initialise(**given: Any) -> None:
         raise UserError(
             f"the processes of this job do not find each other ({why}); set {', '.join(VARIABLES)} for each."
         ) from None
+    if jax.default_backend() == "cpu":
+        # Gloo gives a group of devices 30 seconds to meet for the first time. Now all are here; later one may compile.
+        _wait()
+        count = jax.device_count()
+        with jax.set_mesh(jax.make_mesh((count,), (AXIS,))):
+            jax.block_until_ready(jnp.sum(jax.jit(partial(jnp.ones, count), out_shardings=P(AXIS))()))
 
 
 def here() -> Processes:
@@ -98,15 +106,16 @@ def leads() -> bool:
 
 
 def in_turn(work: Callable[[bool], Any]) -> Any:
-    """`work(first)` of process 0 and, when that is done, of the others, which find what it has left on disk."""
-    if jax.process_count() == 1:
-        return work(True)
-    if leads():
-        result = work(True)
+    """`work(first)` of process 0 and, when that is done, of the others, which find what it has left on disk.
+
+    All leave together.
+    """
+    result = work(True) if leads() else None
+    if jax.process_count() > 1:
         _wait()
-        return result
-    _wait()
-    return work(False)
+        result = result if leads() else work(False)
+        _wait()
+    return result
 
 
 def _wait() -> None:

@@ -118,13 +118,15 @@ def put_batch(mesh: jax.sharding.Mesh, batch):
         sharding = NamedSharding(mesh, P(BATCH, *([None] * (x.ndim - 1))))
         return jax.make_array_from_process_local_data(sharding, x)
 
-    return jax.tree.map(put, batch)
+    with jax.transfer_guard_host_to_device("allow"):  # meant, though jax takes it for unasked where processes share it
+        return jax.tree.map(put, batch)
 
 
 def everywhere(mesh: jax.sharding.Mesh, x) -> jax.Array:
     """A host array, the same on every process, on every device."""
     x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda index: x[index])
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda index: x[index])
 
 
 def to_host(tree):

@@ -30,10 +30,9 @@ ETA_WINDOW = 20  # the last steps' mean time gives the ETA, so that the first co
 def quiet_libraries() -> None:
     """Leaves the terminal to this module: of other libraries' messages only errors are shown.
 
-    For entry points, once all is imported (bm25s sets its own level then).
+    For entry points, once all is imported.
     """
-    for name in ("absl", "bm25s"):  # orbax, grain and tfds log through absl
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax, grain and tfds log through it
 
 
 class RunLog:
