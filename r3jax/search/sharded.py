@@ -1,8 +1,9 @@
 """One index over several processes: each keeps a run of the rows, in a VersionedIndex of its own.
 
 Every process asks the same at the same time and gets the same answer, which is that of one index over all rows: each
-searches its own rows, the lists of the best are gathered and merged, ties go to the lower row. Versions, 4 bytes a
-document, are on all processes, so that all choose alike whom to re-encode.
+searches its own rows, the lists of the best are gathered and merged, ties go to the lower row. (A score's last bit may
+be another, for that of a matrix product depends on how many documents it has.) Versions, 4 bytes a document, are on all
+processes, so that all choose alike whom to re-encode.
 
 Axis legend: N documents, n of them here, Q queries, D width, k results, P processes.
 """
