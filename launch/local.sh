@@ -30,6 +30,7 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count
 each=$((gpus / count))
 processes=()
+set -m # in groups of their own: a terminal's Ctrl-C is for this script, which asks them to save
 trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
 for ((rank = 0; rank < count; rank++)); do
   if ((each)); then
