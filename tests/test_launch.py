@@ -4,8 +4,10 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import kubernetes_validate
 import pytest
@@ -132,11 +134,26 @@ def test_local_tells_each_process_who_it_is_and_passes_codes(tmp_path):
         assert code == want, codes
         calls = sorted(call for call in calls if "r3jax" in call)
         assert calls == [f"127.0.0.1:12345 3 {rank} -m r3jax train --x=a b" for rank in range(3)]
-    # A SIGTERM reaches all, and is waited for.
-    code, _, _ = bench.run(
-        "timeout", "--foreground", "-s", "TERM", "2", script, "2", "train", PYTHON=str(fake), CODE="wait wait"
+
+
+def test_a_stop_of_local_reaches_all_and_is_waited_for(tmp_path):
+    fake, log = tmp_path / "python", tmp_path / "log"
+    fake.write_text(
+        "#!/usr/bin/env bash\n"
+        'if [ "$1" = -c ]; then echo 12345; exit; fi\n'
+        "trap 'sleep 0.3; echo saved >> \"$LOG\"; exit 75' TERM\n"
+        'echo ready >> "$LOG"; sleep 60 & wait\n'
     )
-    assert code == 75 or code == 124
+    fake.chmod(0o755)
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        log.write_text("")
+        env = os.environ | {"PYTHON": str(fake), "LOG": str(log)}
+        job = subprocess.Popen([LAUNCH / "local.sh", "2", "train"], env=env, start_new_session=True)
+        while log.read_text().count("ready") < 2:
+            time.sleep(0.05)
+        os.killpg(job.pid, sign)  # as a terminal's Ctrl-C does
+        assert job.wait(30) == 75
+        assert log.read_text().count("saved") == 2
 
 
 @pytest.mark.parametrize("file", JOBSETS, ids=lambda path: path.name)
