@@ -9,6 +9,7 @@ Axis legend: N documents, n of them here, Q queries, D width, k results, P proce
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +31,10 @@ def build(
     return local if job.count == 1 else ShardedIndex(local, np.full(size, step, np.int32), job)
 
 
-def restore(state: Mapping[str, np.ndarray]) -> "VersionedIndex | ShardedIndex":
+def restore(state: Mapping[str, Any]) -> "VersionedIndex | ShardedIndex":
     """The index whose `state` was taken, by however many processes, on the processes there are now.
 
+    Of several, the vectors are as `processes.spread` has them.
     A tree goes on as it was from one process to one; else it is trained anew.
     """
     state, job = dict(state), processes.here()

@@ -59,9 +59,11 @@ class Ability:
         for batch in self._batches:
             logp, mask = to_host(self._read(base, batch))
             found.append(logp[mask])
-        in_turn(lambda first: first and self._write(np.concatenate(found)))
+        in_turn(partial(self._write, np.concatenate(found)))
 
-    def _write(self, found: np.ndarray) -> None:
+    def _write(self, found: np.ndarray, first: bool) -> None:
+        if not first:
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_name(self.file.name + ".part")
         with part.open("wb") as f:
