@@ -6,14 +6,16 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
 PY := .venv/bin/python
-SOURCES := r3jax configs tests bench data
+SOURCES := r3jax configs tests bench data examples
 
 # The stamps carry the requirements' checksum: changed requirements are installed, unchanged ones never again.
 RUN := .venv/.run-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
 DEV := .venv/.dev-$(shell cat requirements.txt requirements-serve.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
+BENCH := .venv-bench/.done-$(shell cat requirements.txt requirements-bench.txt | cksum | cut -d' ' -f1)
+
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow chaos lint format seeds clean
+.PHONY: help install train test test-slow chaos plan-deps lint format seeds bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -39,7 +41,10 @@ train: $(RUN) ## both stages on the bundled data set, evaluation, report (needs 
 test: $(DEV) ## the tests, without the slow ones
 	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
 
-test-slow: $(DEV) ## the slow tests
+plan-deps: $(PY) ## the TPU compiler beside .venv's packages, for r3jax.plan: export PYTHONPATH=.venv/libtpu
+	@test -d .venv/libtpu || $(PY) -m pip install --quiet --no-deps --target .venv/libtpu -r requirements-plan.txt
+
+test-slow: $(DEV) plan-deps ## the slow tests
 	$(PY) -m pytest -q -m slow --ignore=tests/chaos --durations=10
 
 chaos: $(DEV) ## kills, stops, damaged checkpoints, full disks, lost processes: half an hour
@@ -60,6 +65,28 @@ seeds: $(RUN) ## three seeds of the default run, and their figures
 	done
 	$(PY) -m bench.seeds runs/seed-0 runs/seed-1 runs/seed-2
 
+$(BENCH):
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_FLAGS) \
+		-r requirements-bench.txt
+	@rm -f .venv-bench/.done-* && touch $@
+
+bench: $(BENCH) ## our speed beside the peers', in an environment of its own: half an hour on two cores
+	for name in rollout sft encode rl_step refresh decode start curves index "import 0_5b"; do \
+		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
+	done
+
+$(BENCH):
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_FLAGS) \
+		-r requirements-bench.txt
+	@rm -f .venv-bench/.done-* && touch $@
+
+bench: $(BENCH) ## our speed beside the peers', in an environment of its own: half an hour on two cores
+	for name in rollout sft encode rl_step refresh decode start curves index "import 0_5b"; do \
+		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
+	done
+
 clean: ## removes .venv and caches; runs/ stays
-	rm -rf .venv .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-bench .cache .pytest_cache .ruff_cache .mypy_cache
 	find r3jax tests configs bench -name __pycache__ -prune -exec rm -rf {} +

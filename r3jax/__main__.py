@@ -13,12 +13,14 @@ from r3jax.run.config import run_main
 
 VERBS = {
     "train": "trains a model: supervision, then reinforcement learning",
+    "plan": "memory, time and communication of a run on chips that are not here",
     "convert": "published checkpoints in and out",
     "encode": "a corpus to vectors on disk; goes on where it was stopped",
     "index": "builds an index over encoded documents, adds to it, deletes from it",
     "search": "answers queries from an index, with the model's thought beside the hits",
     "serve": "the model over HTTP: OpenAI's embeddings, search, and a page to try it",
     "evaluate": "scores a model on data sets, with controls and BM25 beside it",
+    "inspect": "one page: what the model wrote for each query, and the hits with and without it",
     "compare": "two runs query by query: wins, losses, paired significance",
     "study": "re-runs a study of refresh policies, rewards, advantages or the contrastive weight",
     "mine": "hard negatives for training queries",

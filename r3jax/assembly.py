@@ -14,11 +14,10 @@ from r3jax.data import beir, chats, store, thoughts
 from r3jax.errors import UserError
 from r3jax.model import lora
 from r3jax.model import params as model_params
-from r3jax.model.encoder import encode_rows
 from r3jax.model.hub import local_folder
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import batch_parts
-from r3jax.reader import Reader
+from r3jax.reader import OnRows, Reader, nobody
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
 from r3jax.run import fingerprint
@@ -140,10 +139,9 @@ class Parts:
         d = self.config.data
         return sft.Lengths(d.max_query_tokens, d.max_doc_tokens, d.max_thought_tokens)
 
-    def encode_corpus(self, params) -> np.ndarray:
+    def encode_corpus(self, params, on_rows: OnRows = nobody) -> np.ndarray:
         """Unit vectors [N, D] of the corpus under `params`; of several processes, each one's share of the rows."""
-        keep, size = processes.here().share(len(self.documents)), self.config.evaluate.batch_size
-        return encode_rows(params, self.model, self.mesh, self.documents, batch_size=size, keep=keep)
+        return self.reader.encode(params, self.documents, on_rows, processes.here().share(len(self.documents)))
 
     def initial_params(self):
         """Random weights, or those that init_from names; UserError if they do not fit the config."""
@@ -260,11 +258,10 @@ def _sft(p: Parts, start) -> Stage:
     c = p.config
     tx, _ = _optimiser("sft", c)
     negatives = bm25_neighbours(p.dataset, c.data.train_split) if c.data.hard_negatives else None
-    source = store.Part(p.source, lambda i: i % 4 != 0)
     return sft.SFT(
-        source=source,
+        source=p.source,
         transform=sft.PairTransform(
-            source,
+            p.source,
             p.dataset,
             p.chat,
             p.lengths,
@@ -322,7 +319,7 @@ def _rl(p: Parts, start) -> Stage:
     kind = c.index.kind if start is not None else "exact"
     index = build_index(vectors, size, 0, kind, tree_above=c.index.tree_above)
     return rl.RL(
-        source=store.Part(p.source, lambda i: i % 4 == 0),
+        source=p.source,
         queries=p.dataset.query_texts,
         documents=p.documents,
         chat=p.chat,

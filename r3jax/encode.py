@@ -3,9 +3,10 @@
     r3jax encode MODEL DATA OUT [flags]
 
 MODEL is the folder of a run or an exported model, or a hub id. DATA is a folder in BEIR form, a .jsonl file
-({"_id", "title", "text"} or a string per line), or plain text with one document per line. OUT gets vectors.npy,
-documents.jsonl, offsets.npy and manifest.json. A run that was stopped goes on when the same command is given again,
-and ends with the same bytes; another model, prompt, length or corpus is refused there. For example:
+({"_id", "title", "text"} or a string per line), or plain text with one document per line; a bad line, such as a
+document without text, is refused, or left out with --on-error=skip. OUT gets vectors.npy, documents.jsonl, offsets.npy
+and manifest.json. A run that was stopped goes on when the same command is given again, and ends with the same bytes;
+another model, prompt, length or corpus is refused there. For example:
 
     r3jax encode runs/rl-tiny data/tldr-commands vectors
     r3jax search vectors "list files by size"
@@ -13,12 +14,13 @@ and ends with the same bytes; another model, prompt, length or corpus is refused
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 
 import jax
 
 from r3jax import processes
-from r3jax.corpus.encoding import encode_corpus
+from r3jax.corpus.encoding import check_out, encode_corpus
 from r3jax.corpus.identity import identity
 from r3jax.data.documents import Documents
 from r3jax.model.hub import local_folder
@@ -33,6 +35,7 @@ FLAGS = {
     "dtype": "of the vectors: float32 or float16; default: float32",
     "prompt": "system text in place of the model's own for documents",
     "max-length": "tokens of a document that are read; default: as trained",
+    "on-error": "strict or skip: leave bad lines out and count them; default: strict",
     "batch-size": "documents read at a time; default: the run's, or 32",
 }
 
@@ -43,7 +46,9 @@ def main(argv: list[str]) -> None:
     dtype = given.choice("dtype", ("float32", "float16"), "float32")
     max_length, batch_size = given.whole("max-length"), given.whole("batch-size")
     processes.connect()
-    documents, prompt = Documents(data), given.flags["prompt"]
+    on_error = given.choice("on-error", ("strict", "skip"), "strict")
+    documents, prompt = Documents(data, on_error=on_error), given.flags["prompt"]
+    check_out(pathlib.Path(out))
     command.prepare()
     mesh = make_mesh(devices=jax.local_devices())
     model = SearchR3.from_pretrained(local_folder(source, "MODEL"), max_length, batch_size, mesh=mesh)
@@ -72,6 +77,9 @@ def main(argv: list[str]) -> None:
     if processes.leads():
         cut = manifest["truncated"]
         read = f"; {cut:,} were longer than {manifest['max_length']} tokens and were cut" if cut else ""
+        if manifest.get("skipped"):
+            why = f"; the first: {documents.first_skipped}" if documents.first_skipped else ""
+            print(f"warning: lines left out: {manifest['skipped']:,}{why}", file=sys.stderr)
         print(f"{out}: {manifest['documents']:,} documents, {manifest['width']} dimensions, {dtype}{read}")
 
 

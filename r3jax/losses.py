@@ -78,8 +78,10 @@ def token_terms(
 ) -> TokenTerms:
     """Log-probability, entropy and exact KL of each token without ever holding logits [N, V].
 
-    Chunks of about `chunk` tokens go one after the other through the unembedding, and again in the backward
-    pass (rematerialised), so memory is chunk * V. Differentiable in `hidden` and in whatever `unembed` holds.
+    Chunks of about `chunk` tokens of each device go one after the other through the unembedding, and again in the
+    backward pass (rematerialised), so memory is chunk * V. Each chunk also costs the table's gradient a reduction over
+    all devices: hence as few chunks on many devices as on one. Differentiable in `hidden` and in whatever `unembed`
+    holds.
     KL(reference || policy) keeps all that the reference thinks possible.
 
     Args:
@@ -106,7 +108,7 @@ def token_terms(
         return TokenTerms(picked, entropy, kl)
 
     count = hidden.shape[0]
-    chunks = -(-count // chunk)
+    chunks = -(-count // (chunk * _row_shards(hidden)))
     parts = jax.tree.map(lambda x: _split(x, chunks), (hidden, targets, ref_hidden))
     terms = jax.lax.map(one_chunk, parts)
     return jax.tree.map(lambda x: _join(x, count), terms)

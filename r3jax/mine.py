@@ -11,11 +11,13 @@ For example:
 """
 
 import contextlib
+import json
 import pathlib
+import sys
 from collections.abc import Iterator
 
 from r3jax.corpus.encoding import refuse_lost
-from r3jax.corpus.mining import mine, summary, to_line
+from r3jax.corpus.mining import mine, sentence, summary, to_line
 from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.evaluation.bm25 import BM25
@@ -33,9 +35,13 @@ FLAGS = {
     "depth": "candidates of each source; default: 100",
     "margin": "share of the best positive's cosine that a negative may reach; default: 0.95",
     "above": "cosine that no negative may exceed; default: no such bound",
+    "on-error": "strict or skip: leave bad lines of DATA out and say how many; default: strict",
     "sources": "model, bm25 or both with a comma; default: model,bm25",
 }
-SWITCHES = {"reasoning": "whether the model thinks about a query before it searches; default: no"}
+SWITCHES = {
+    "reasoning": "whether the model thinks about a query before it searches; default: no",
+    "json": "the counts as one JSON object",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -49,6 +55,7 @@ def main(argv: list[str]) -> None:
     sources = (given.flags["sources"] or ",".join(SOURCES)).split(",")
     if not set(sources) <= set(SOURCES) or len(set(sources)) < len(sources):
         raise UserError(f"--sources must name model, bm25 or both, not {','.join(sources)!r}.")
+    on_error = given.choice("on-error", ("strict", "skip"), "strict")
     command.prepare()
     if pathlib.Path(out).exists():
         raise UserError(f"OUT names {out}, where something is already; name another file or remove that one.")
@@ -56,7 +63,10 @@ def main(argv: list[str]) -> None:
     with _writing(out):
         part.touch()
     try:
-        dataset = beir.load(data)
+        dataset = beir.load(data, on_error=on_error)
+        if dataset.skipped:
+            said = f"lines left out: {len(dataset.skipped):,}; the first: {dataset.skipped[0]}"
+            print(f"warning: {said}", file=sys.stderr)
         asked = [dataset.query_texts[dataset.query_row[query]] for query in dataset.positives(split)]
         model = SearchR3.from_pretrained(local_folder(source, "MODEL"))
         queries, documents = _vectors(model, dataset, asked, bool(given.switches["reasoning"]))
@@ -74,7 +84,8 @@ def main(argv: list[str]) -> None:
             part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    print(f"{out}: {summary(mined)}")
+    counts = summary(mined)
+    print(json.dumps({"out": out} | counts) if given.switches["json"] else f"{out}: {sentence(counts)}")
 
 
 @contextlib.contextmanager

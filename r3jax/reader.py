@@ -12,11 +12,18 @@ import numpy as np
 
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sampler import advance, begin, sample
+from r3jax.model.sampler import advance, begin, sample, unstacked
 from r3jax.model.sharding import batch_parts, own_rows, put_batch, to_host
 from r3jax.text.prompts import ChatFormat
 
 TEMPERATURE = 0.7  # of sampled thoughts
+
+
+OnRows = Callable[[int], None]  # told how many rows each batch has done
+
+
+def nobody(rows: int) -> None:
+    """An `OnRows` that tells nobody."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,26 +48,28 @@ class Reader:
     batch_size: int
     thoughts: int = 0  # of the condition `averaged` of an evaluation; with 0 or 1 it is left out
 
-    def direct(self, params, texts: Sequence[str]) -> np.ndarray:
+    def direct(self, params, texts: Sequence[str], on_rows: OnRows = nobody) -> np.ndarray:
         """Unit vectors [Q, D] of queries read without reasoning."""
-        return self.encode(params, self.chat.direct_queries(texts, self.max_query))
+        return self.encode(params, self.chat.direct_queries(texts, self.max_query), on_rows)
 
-    def with_thoughts(self, params, texts: Sequence[str], thoughts: Sequence[Sequence[int]]) -> np.ndarray:
+    def with_thoughts(
+        self, params, texts: Sequence[str], thoughts: Sequence[Sequence[int]], on_rows: OnRows = nobody
+    ) -> np.ndarray:
         """Unit vectors [Q, D] of queries followed by given thoughts (token ids)."""
         prompts = self.chat.reasoning_prompts(texts, self.max_query)
         end = [self.chat.tokenizer.embed_id]
-        return self.encode(params, [[*p, *t, *end] for p, t in zip(prompts, thoughts, strict=True)])
+        return self.encode(params, [[*p, *t, *end] for p, t in zip(prompts, thoughts, strict=True)], on_rows)
 
-    def reason(self, params, texts: Sequence[str], count: int = 1) -> Reasoned:
+    def reason(self, params, texts: Sequence[str], count: int = 1, on_rows: OnRows = nobody) -> Reasoned:
         """`think` about queries."""
-        return self.think(params, self.chat.reasoning_prompts(texts, self.max_query), count)
+        return self.think(params, self.chat.reasoning_prompts(texts, self.max_query), count, on_rows)
 
     def think(
         self,
         params,
         prompts: Sequence[Sequence[int]],
         count: int = 1,
-        on_rows: Callable[[int], None] = lambda rows: None,
+        on_rows: OnRows = nobody,
     ) -> Reasoned:
         """The model's own thoughts and the vectors they end in: one greedy, or the mean over `count` sampled.
 
@@ -86,11 +95,12 @@ class Reader:
         ends = {"embed_id": self.chat.tokenizer.embed_id, "stop_ids": stops}
         with jax.set_mesh(self.mesh):
             state = begin(params, tokens, lengths, config=self.model, max_new=self.max_new)
+            weights = unstacked(params, self.model)
         thought: list[int] = []
         done = False
         while not done:
             with jax.set_mesh(self.mesh):  # not around the yield: the caller's own mesh must be as it was
-                state = advance(params, state, lengths, config=self.model, **ends, count=1)
+                state = advance(weights, state, config=self.model, **ends, count=1)
                 done, row, length = (
                     x[0, 0] for x in jax.device_get((state.done, state.result.tokens, state.result.lengths))
                 )
@@ -122,11 +132,14 @@ class Reader:
                 *pad([prompts[i] for i in filled], self.prompt_width(len(prompts[chosen[-1]]))),
                 filled.astype(np.int32),
             )
+            tokens, ends, ids = put_batch(self.mesh, own_rows(self.mesh, batch))
             with jax.set_mesh(self.mesh):
                 done = to_host(
                     sample(
                         params,
-                        *put_batch(self.mesh, own_rows(self.mesh, batch)),
+                        tokens,
+                        ends,
+                        ids,
                         jax.random.key(0),
                         config=self.model,
                         group=count,
@@ -144,9 +157,9 @@ class Reader:
             on_rows(len(chosen))
         return thoughts, vectors, emitted
 
-    def encode(self, params, rows, on_rows: Callable[[int], None] = lambda rows: None) -> np.ndarray:
+    def encode(self, params, rows, on_rows: OnRows = nobody, keep: slice = slice(None)) -> np.ndarray:
         """Unit vectors [N, D] of token rows that end with the embed token: `encode_rows`."""
-        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, on_rows=on_rows)
+        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, keep=keep, on_rows=on_rows)
 
     def prompt_width(self, longest: int) -> int:
         """The padded length of a batch of prompts: few, for each compiles a decoding loop."""

@@ -10,6 +10,7 @@ Axes: N texts, D width, W windows.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from r3jax import weights
+from r3jax.errors import UserError
 from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face import HEAD
 from r3jax.model.hugging_face_config import read_config, read_dtype
@@ -110,7 +112,8 @@ class SearchR3:
           mesh: of `r3jax.model.sharding.make_mesh`; default: weights split over all devices.
 
         Raises:
-          UserError: the folder holds no model, or one that this code or the mesh does not fit.
+          UserError: the folder holds no model, or one that this code or the mesh does not fit, or whose positions
+            max_length exceeds.
         """
         for name, value in (
             ("max_length", max_length),
@@ -123,16 +126,19 @@ class SearchR3:
         folder = local_folder(str(path), "path")
         mesh = mesh or make_mesh()
         load = _load_run if weights.is_run(str(folder)) else _load_hugging_face
-        params, model, chat, limits = load(folder, mesh, dtype)
+        read_params, model, chat, limits = load(folder, mesh, dtype)
+        max_new = (max_thought_length or limits["max_thought_tokens"]) + 1
+        if max_length:
+            _check_positions(max_length, max_new, model, chat)
         reader = Reader(
             model=model,
             mesh=mesh,
             chat=chat,
             max_query=max_length or limits["max_query_tokens"],
-            max_new=(max_thought_length or limits["max_thought_tokens"]) + 1,
+            max_new=max_new,
             batch_size=batch_size or limits.get("batch_size", BATCH_SIZE),
         )
-        return cls(params, reader, max_length or limits["max_doc_tokens"])
+        return cls(read_params(), reader, max_length or limits["max_doc_tokens"])
 
     @property
     def thinks(self) -> bool:
@@ -302,6 +308,17 @@ def _check_positive(name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be at least 1, not {value}.")
 
 
+def _check_positions(max_length: int, max_new: int, model: ModelConfig, chat: ChatFormat) -> None:
+    """UserError where a text of `max_length` tokens, with chat and thought around it, is too long for the model."""
+    positions = max(model.max_positions, int(model.rope_factor * model.rope_original_length))
+    around = max(chat.direct_extra, chat.reasoning_extra + max_new + len(chat.direct_after([])))
+    if max_length + around > positions:
+        raise UserError(
+            f"max_length is {max_length:,}, and up to {around} tokens come around a text; the model has {positions:,} "
+            f"positions: give at most {positions - around:,}."
+        )
+
+
 def _limited(rows: list[list[int]], limit: int) -> tuple[list[list[int]], np.ndarray]:
     """Rows of at most `limit` ids, and which were longer; says how many."""
     truncated = np.array([len(ids) > limit for ids in rows], bool)
@@ -326,7 +343,7 @@ def _progress(show: bool | None, total: int, what: str) -> Iterator[Callable[[in
         yield lambda rows: bar.advance(task, rows)
 
 
-Loaded = tuple[Any, ModelConfig, ChatFormat, dict[str, int]]
+Loaded = tuple[Callable[[], Any], ModelConfig, ChatFormat, dict[str, int]]  # the first reads the weights
 
 
 def _load_run(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None) -> Loaded:
@@ -337,8 +354,9 @@ def _load_run(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None) 
     if dtype:
         model = dataclasses.replace(model, compute_dtype=dtype)
     limits = {name: config.data[name] for name in LIMITS} | {"batch_size": config.evaluate.batch_size}
-    params = weights.load_params(folder, model, mesh, weights.trained_stage(folder))
-    return params, model, ChatFormat(tokenizer, Prompts(**config.prompts)), limits
+    stage = weights.trained_stage(folder)
+    read_params = functools.partial(weights.load_params, folder, model, mesh, stage)
+    return read_params, model, ChatFormat(tokenizer, Prompts(**config.prompts)), limits
 
 
 def _load_hugging_face(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None) -> Loaded:
@@ -353,5 +371,5 @@ def _load_hugging_face(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str
     read = model
     if HEAD not in TensorFiles(folder).shapes:  # sentence-transformers saves none: vectors do without, thoughts do not
         read = dataclasses.replace(model, tied=True)
-    params = weights.load_published(folder, read, mesh, tokenizer)
-    return params, model, ChatFormat(tokenizer, prompts), limits
+    read_params = functools.partial(weights.load_published, folder, read, mesh, tokenizer)
+    return read_params, model, ChatFormat(tokenizer, prompts), limits

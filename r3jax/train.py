@@ -46,7 +46,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
     plan = stages_of(config)
     resuming = assembly.claim(workdir, config, accept)
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a second start compiles nothing
     clock = {"start": time.time(), "before": 0.0}
 
     # Mesh, input, model
@@ -100,7 +100,11 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
                 log.say(announce(name, plan, parts, stage))
                 del start
                 unmeasured = False
-            run_stage(stage, state, parts, checkpointers[name], log, clock, guards, stop, peers, unmeasured)
+            try:
+                run_stage(stage, state, parts, checkpointers[name], log, clock, guards, stop, peers, unmeasured)
+            except UserError:
+                checkpointers[name].wait()  # whoever mends the mistake goes on from it
+                raise
             del state
         for checkpointer in checkpointers.values():
             checkpointer.close()

@@ -62,9 +62,9 @@ def test_compare_measures_each_model_on_each_split(tmp_path):
         params = parts.initial_params()
         asked = []
 
-        def encode(p):
+        def encode(p, on_rows):
             asked.append(p)
-            return parts.encode_corpus(p)
+            return parts.encode_corpus(p, on_rows)
 
         models = ((name, params) for name in ("untrained", "sft"))
         found = compare(parts.dataset, ("unseen", "seen"), models, parts.reader, encode, tmp_path)
@@ -78,6 +78,8 @@ def test_compare_measures_each_model_on_each_split(tmp_path):
         for name in names:
             run = read_run(tmp_path / "trec" / f"{split}.{name}.run")
             assert len(run) == 20
+            thoughts = tmp_path / "thoughts" / f"{split}.{name}.jsonl"
+            assert thoughts.is_file() == (name == "sft_reasoning")  # the others have none of their own
     json.dumps(found)  # plain numbers throughout
     cards = json.loads((tmp_path / "examples.json").read_text())
     assert [c["split"] for c in cards] == ["unseen"] * 20 + ["seen"] * 20

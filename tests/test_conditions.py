@@ -8,7 +8,8 @@ import pytest
 
 from r3jax.model.encoder import encode_rows
 from r3jax.model.qwen2 import hidden_states, unembedding
-from r3jax.results.conditions import MODEL_CONDITIONS, bm25, evaluate, examples, queries_of
+from r3jax.results.conditions import MODEL_CONDITIONS, bm25, evaluate, queries_of
+from r3jax.results.examples import examples, read_thoughts, thoughts_of, write_thoughts
 from r3jax.search.index import VersionedIndex
 from tests import fixtures
 
@@ -199,7 +200,8 @@ def test_an_unknown_condition_is_named(parts, params, vectors):
 
 
 def test_examples_show_hits_with_and_without_the_thought(parts, found):
-    cards = examples(parts.dataset, SPLIT, found, 7, hits=3)
+    own, runs = thoughts_of(found["reasoning"]), (found["reasoning"].run, found["direct"].run)
+    cards = examples(parts.dataset, SPLIT, own, *runs, 7, hits=3)
     assert len(cards) == 7
     for card in cards:
         query = card["query_id"]
@@ -207,9 +209,19 @@ def test_examples_show_hits_with_and_without_the_thought(parts, found):
         assert card["query"] == parts.dataset.query_texts[parts.dataset.query_row[query]]
         assert [r["doc_id"] for r in card["relevant"]] == [relevant]
         for hits, condition in (("hits_with", "reasoning"), ("hits_without", "direct")):
-            assert [h["relevant"] for h in card[hits]] == [h["doc_id"] == relevant for h in card[hits]]
+            assert [h["grade"] for h in card[hits]] == [1 if h["doc_id"] == relevant else None for h in card[hits]]
             scores = [h["score"] for h in card[hits]]
             assert len(scores) == 3 and scores == sorted(scores, reverse=True)
             assert scores[0] == max(found[condition].run[query].values())
         assert card["ndcg_with"] == found["reasoning"].per_query["ndcg@10"][query]
-    assert len(examples(parts.dataset, SPLIT, found, 100)) == 20
+        ranked = [sorted(run[query], key=lambda d, run=run: -run[query][d]) for run in runs]
+        place = {d: i for i, d in enumerate(ranked[1], 1)}
+        assert [h["other_place"] for h in card["hits_with"]] == [place.get(h["doc_id"]) for h in card["hits_with"]]
+        assert card["relevant"][0]["place_without"] == place.get(relevant)
+    assert len(examples(parts.dataset, SPLIT, own, *runs)) == 20
+
+
+def test_thoughts_survive_the_disk(found, tmp_path):
+    own = thoughts_of(found["reasoning"])
+    write_thoughts(tmp_path / "thoughts" / "x.jsonl", own)
+    assert read_thoughts(tmp_path / "thoughts" / "x.jsonl") == own and len(own) == 20

@@ -257,6 +257,30 @@ def test_bad_documents(tmp_path, name, text, complaint):
     assert list(StoredDocuments(tmp_path / "out")) == wanted
 
 
+def test_bad_documents_left_out(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    lines = [
+        '{"_id": "a", "text": "x"}',
+        '{"_id": "b", "text": " "}',
+        "{",
+        '{"text": "caf\xe9"}',
+        '{"_id": "c", "text": "y"}',
+    ]
+    path.write_bytes("\n".join(lines).encode("latin-1"))
+    documents = Documents(path, on_error="skip")
+    assert list(documents) == list(documents) == [("a", "x"), ("c", "y")]
+    assert documents.skipped == 3 and documents.first_skipped.startswith(f"{path}:2: document 'b' has an empty text")
+    manifest = encode_corpus(documents, tmp_path / "out", IDENTITY, "", encode, WIDTH, "float32", silent)
+    assert manifest["skipped"] == 3 and manifest["documents"] == 2
+
+
+@pytest.mark.parametrize("name, fix", [("a.json", "jq -c"), ("a.csv", "read_csv"), ("A.TSV", "read_table")])
+def test_files_that_are_no_lines_of_documents(tmp_path, name, fix):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=f"{name} is neither .jsonl nor plain text with one document per line; .*{fix}"):
+        Documents(tmp_path / name)
+
+
 def test_json_beyond_what_python_reads(tmp_path):
     path = tmp_path / "a.jsonl"
     for line in ('{"text": ' + "[" * 100_000, '{"text": "x", "_id": ' + "9" * 5000 + "}"):

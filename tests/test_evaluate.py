@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from r3jax import evaluate
+from r3jax import convert, evaluate, inspect
 from r3jax.errors import UserError
 from tests import fixtures
 
@@ -106,3 +106,37 @@ def test_budgets_conditions_and_several_data_sets(run, tmp_path, capsys):
 def test_mistakes(run, flag, said):
     with pytest.raises(UserError, match=said):
         evaluate.main([f"--workdir={run}", flag])
+
+
+def test_a_published_model_has_the_figures_of_its_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert.main(["export", str(run), "published"])
+    chosen = [f"--data={run.parent / 'data'}", "--split=seen"]
+    evaluate.main(["published", *chosen])
+    out = tmp_path / "evaluation" / "published" / "data-seen"
+    found = json.loads((out / "evaluation.json").read_text())
+    trained = json.loads((run / "results.json").read_text())["splits"]["seen"]
+    assert list(found["splits"]["seen"]) == ["bm25", "direct", "reasoning", "empty", "shuffled", "copied"]
+    for name, c in found["splits"]["seen"].items():
+        wanted = trained[name if name == "bm25" else f"rl_{name}"]
+        assert {m: c[m] for m in METRICS} == pytest.approx({m: wanted[m] for m in METRICS}, abs=1e-6), name
+    assert set(found["p_values"]["seen"]) == {
+        *("reasoning > empty", "reasoning > shuffled", "reasoning > copied", "reasoning > direct"),
+        "best trained > bm25",
+    }
+    inspect.main([str(out)])
+    assert "Reasoning inspector" in (out / "inspect.html").read_text()
+    for argv, said in (
+        (["--split=seen"], "--data is missing: published is no run"),
+        (chosen[:1], "--split is missing"),
+        ([*chosen, "--conditions=averaged"], "as many thoughts as a run's config says"),
+        ([chosen[0], "--split=other"], "data has no 'other'"),
+        ([*chosen, "--stage=rl"], "unknown flag --stage"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluate.main(["published", *argv])
+
+
+def test_training_leaves_all_that_the_inspector_shows(run, tmp_path):
+    inspect.main([str(run), f"--out={tmp_path / 'page.html'}", "--split=unseen"])
+    assert (tmp_path / "page.html").read_text().count('<details class="query"') == 20

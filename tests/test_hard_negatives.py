@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from r3jax.corpus.mining import Mined, mine, summary, to_line
+from r3jax.corpus.mining import Mined, mine, sentence, summary, to_line
 from r3jax.data.beir import Dataset
 
 N, Q, D = 30, 8, 6
@@ -76,4 +76,4 @@ def test_sources_take_turns_and_lines_are_flag_embeddings(dataset, vectors):
     assert line["query"] == dataset.query_texts[free[0].query] and len(line["neg_scores"]) == 4
     assert line["pos_id"] == [dataset.doc_ids[p] for p in free[0].positives]
     empty = Mined(0, [0], [], [], {0: 0.5}, 3)
-    assert "1 queries without a negative left out" in summary([*free, empty])
+    assert "1 queries without a negative left out" in sentence(summary([*free, empty]))

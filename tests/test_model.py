@@ -146,8 +146,9 @@ def test_cached_decoding_equals_the_full_forward():
     positions, valid = right_padded(lengths, 6)
     _, (k, v) = jax.jit(Decoder(config).apply)({"params": params}, prompts, positions, valid)
     # What lies in slots not yet written must not matter.
-    junk = tuple(jnp.full((2, group, steps, *k.shape[3:]), 7.0) for _ in range(config.layers))
-    cache = KVCache(prompt_k=tuple(k), prompt_v=tuple(v), prompt_valid=valid, new_k=junk, new_v=junk)
+    junk = tuple(jnp.full((2, group, k.shape[3], steps, k.shape[4]), 7.0) for _ in range(config.layers))
+    k, v = (tuple(x.swapaxes(2, 3)) for x in (k, v))
+    cache = KVCache(prompt_k=k, prompt_v=v, prompt_valid=valid, new_k=junk, new_v=junk)
     step = jax.jit(partial(decode_step, unstack(params, config), config))
     found = []
     for slot in range(steps):

@@ -69,7 +69,9 @@ def _lines():
 
 
 def _example(i, **more):
-    hits = [{"doc_id": f"d{n}", "text": f"document {n}", "score": 0.9, "relevant": n == 2} for n in range(3)]
+    hits = [
+        {"doc_id": f"d{n}", "text": f"document {n}", "score": 0.9, "grade": 1 if n == 2 else None} for n in range(3)
+    ]
     example = {"split": "seen", "query_id": f"q{i}", "query": f"query {i}", "thought": "some words"}
     example |= {"emitted": True, "relevant": [{"doc_id": "d2", "text": "document 2"}], "hits_with": hits}
     return {**example, "hits_without": hits[:2], "ndcg_with": 0.5, "ndcg_without": 0.0, **more}
@@ -153,7 +155,7 @@ def test_everything_is_on_the_page(tmp_path):
         "50 held-out queries: 49 better with reasoning than without, 1 worse, 0 the same",
         "+0.500",
         "−0.250",
-        "It did not end with the embed token",
+        "It did not end in time",
     ):
         assert words in page.text, words
     assert page.tags.count("details") == 51  # 50 queries and the configuration
@@ -182,7 +184,7 @@ def test_hostile_strings_are_text(tmp_path):
     results["splits"] = {HOSTILE: {HOSTILE: _figures(0.1), "rl_direct": _figures(HOSTILE)}}
     results["p_values"] = {HOSTILE: {HOSTILE: HOSTILE}}
     results["stage_seconds"] = {HOSTILE: 3.0, "rl": HOSTILE}
-    document = {"doc_id": HOSTILE, "text": HOSTILE, "score": HOSTILE, "relevant": True}
+    document = {"doc_id": HOSTILE, "text": HOSTILE, "score": HOSTILE, "grade": 1}
     example = {k: HOSTILE for k in ("split", "query_id", "query", "thought", "ndcg_with")}
     example |= {k: [document] for k in ("relevant", "hits_with", "hits_without")}
     lines = [{"stage": "sft", "step": 1, "loss": HOSTILE}, {"stage": HOSTILE, "step": 2, "loss": 1.0}]

@@ -372,7 +372,7 @@ def collected(parts, weights, steps: int = 1):
         for step in range(1, steps + 1):
             with jax.transfer_guard("disallow"):
                 found.append(
-                    stage._collector.collect(state.weights, lambda rows: stage._encode(state.weights, rows), step)
+                    stage.collector.collect(state.weights, lambda rows: stage._encode(state.weights, rows), step)
                 )
     return found
 

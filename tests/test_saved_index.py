@@ -61,7 +61,7 @@ def test_build_add_replace_delete(tmp_path, queries, kind):
     assert saved_index.delete(folder, gone) == 50
     now = {name: text for name, text in now.items() if name not in gone}
     check(saved_index.open_index(folder), now, queries)
-    assert len(list(folder.iterdir())) == 2  # the manifest and one generation
+    assert len(list(folder.iterdir())) == 3  # the manifest, one generation, the lock
     assert b"newer" not in b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
 
 
@@ -89,6 +89,48 @@ def test_a_kill_leaves_the_old_index(tmp_path, queries, monkeypatch):
         check(saved_index.open_index(folder), FIRST, queries)
     saved_index.add(folder, two)
     check(saved_index.open_index(folder), FIRST | {"b0": "new"}, queries)
+
+
+def test_a_build_that_was_killed_is_begun_anew(tmp_path, queries, monkeypatch):
+    folder, one = tmp_path / "index", encoded(tmp_path / "one", FIRST)
+    for name in ("stored.write", "np.savez", "manifest.write"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"r3jax.corpus.saved_index.{name}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                saved_index.build_index(one, folder, "exact")
+    saved_index.build_index(one, folder, "exact")
+    check(saved_index.open_index(folder), FIRST, queries)
+    (tmp_path / "other" / "1").mkdir(parents=True)
+    (tmp_path / "other" / "1" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="where something is already"):
+        saved_index.build_index(one, tmp_path / "other", "exact")
+
+
+def test_of_two_changes_at_once_the_second_is_refused(tmp_path, queries, monkeypatch):
+    folder, one = tmp_path / "index", encoded(tmp_path / "one", FIRST)
+    said = []
+
+    def meanwhile(write):
+        def wrapped(*given):
+            for change in (
+                lambda: saved_index.delete(folder, ["a2"]),
+                lambda: saved_index.add(folder, one),
+                lambda: saved_index.build_index(one, folder, "exact"),
+            ):
+                with pytest.raises(UserError, match="being changed by another process|something is already") as refused:
+                    change()
+                said.append(str(refused.value))
+            return write(*given)
+
+        return wrapped
+
+    saved_index.build_index(one, folder, "exact")
+    monkeypatch.setattr(saved_index.stored, "write", meanwhile(saved_index.stored.write))
+    saved_index.delete(folder, ["a1"])
+    assert len(said) == 3 and said[0].startswith(f"INDEX: {folder} is being changed")
+    monkeypatch.undo()
+    saved_index.delete(folder, ["a2"])  # the lock is free again
+    check(saved_index.open_index(folder), {n: t for n, t in FIRST.items() if n not in ("a1", "a2")}, queries)
 
 
 def test_mistakes(tmp_path):

@@ -6,7 +6,11 @@ import contextlib
 import json
 import re
 import signal
+import socket
+import sys
 import threading
+import time
+import urllib.parse
 
 import httpx2
 import jax
@@ -22,7 +26,7 @@ from r3jax.search_r3 import SearchR3
 from r3jax.serving import app, schema, server
 from r3jax.serving.limits import Limits
 from r3jax.serving.model import Served
-from tests import fixtures
+from tests import fixtures, http_clients
 from tests.test_mistakes import complaint
 from tests.tiny_model import weights
 
@@ -65,14 +69,14 @@ def served(data, model):
 @contextlib.contextmanager
 def running(served, limits=LIMITS, key=None):
     """A server of its own, and its address."""
-    socket = server.bind("127.0.0.1", 0)
+    bound = server.bind("127.0.0.1", 0)
     started = threading.Event()
     http = server.Server(app.make_app(served, limits, key), limits, started.set)
-    thread = threading.Thread(target=http.run, args=([socket],))
+    thread = threading.Thread(target=http.run, args=([bound],))
     thread.start()
     assert started.wait(20)
     try:
-        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         http.should_exit = True
         thread.join(20)
@@ -196,6 +200,7 @@ def test_search(client, served, model, data, reasoning, stream):
         else:
             last = answer.json()
         found = schema.Answer.model_validate(last)
+        assert found.cut == (len(model.reader.chat.tokens([query])[0]) > model.reader.max_query)
         assert found.thought == (details.thoughts[0] if reasoning else None)
         if pieces is not None:
             assert (found.thought or "").startswith(pieces) and (len(told) > 1 or not reasoning or len(pieces) < 2)
@@ -222,7 +227,9 @@ GOOD = {"model": "tiny:document", "input": "text"}
         ("/v1/embeddings", GOOD | {"model": "gpt"}, 404, "there is no model 'gpt'; it must be one of tiny:query"),
         ("/v1/embeddings", GOOD | {"model": None}, 404, "there is no model None"),
         ("/v1/embeddings", GOOD | {"dimension": 3}, 400, "there is no field dimension .did you mean dimensions?"),
+        ("/v1/embeddings", GOOD | {"a\nb": 3}, 400, "there is no field a\ufffdb; the fields are input, model"),
         ("/v1/embeddings", GOOD | {"\ud800": 3}, 400, "the body must be a JSON object"),
+        ("/v1/embeddings", GOOD | {"dimensions": 2.5}, 400, "dimensions must be a whole number from 1 to 32"),
         ("/v1/embeddings", GOOD | {"dimensions": 0}, 400, "dimensions must be a whole number from 1 to 32"),
         ("/v1/embeddings", GOOD | {"dimensions": "3"}, 400, "dimensions must be a whole number"),
         ("/v1/embeddings", GOOD | {"dimensions": 33}, 400, "dimensions must be a whole number"),
@@ -282,6 +289,25 @@ def test_the_page_loads_nothing(client):
     assert not any(word in page.text for word in ("http://", "https://", " src=", "@import", "url("))
 
 
+@pytest.fixture(scope="module")
+def roomy(served):
+    """The address of a server with the limits of `serve`."""
+    with running(served, Limits(hits=LIMITS.hits)) as address:
+        yield address
+
+
+def test_openais_client(roomy, model):
+    http_clients.openai_agrees(roomy, "tiny", model)
+
+
+def test_langchain(roomy, model):
+    http_clients.langchain_agrees(roomy, "tiny", model)
+
+
+def test_the_published_schema_is_kept(roomy):
+    http_clients.schema_is_kept(roomy, 100)
+
+
 def test_the_schema_is_of_this_model(client):
     said = client.get("/openapi.json").json()
     fields = said["components"]["schemas"]["EmbeddingRequest"]["properties"]
@@ -308,6 +334,35 @@ def test_a_key(served):
         assert len(client.get("/v1/models").json()["data"]) == 3
         said = client.get("/openapi.json").json()
         assert said["paths"]["/v1/models"]["get"]["security"] == [{"HTTPBearer": []}]
+
+
+OPENED: list[str] = []  # by this process, the server's included, while a test looks
+LOOKING = threading.Event()
+sys.addaudithook(lambda event, given: OPENED.append(str(given[0])) if event == "open" and LOOKING.is_set() else None)
+
+
+def test_no_request_names_a_file(client, tmp_path):
+    """Whatever a client writes, wherever it may: no file of such a name is opened, and the server goes on."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    up = "../" * len(tmp_path.parts)
+    LOOKING.set()
+    try:
+        for name in (str(secret), up + str(secret), f"file://{secret}", f"{secret}\0.html"):
+            quoted = urllib.parse.quote(name, safe="")
+            for path in (f"/{quoted}", f"/v1/models/{quoted}", f"/?file={quoted}", f"/openapi.json?config={quoted}"):
+                assert "secret\n" not in client.get(path, headers={"X-File": quoted}).text
+            for path, body in (
+                ("/v1/embeddings", {"model": name, "input": "x"}),
+                ("/v1/embeddings", {"model": f"{name}:document", "input": "x"}),
+                ("/v1/embeddings", GOOD | {"input": name, "user": name}),
+                ("/search", {"query": name, "index": name}),
+                ("/search", {"query": name, "k": 1}),
+            ):
+                assert client.post(path, json=body).status_code in (200, 400, 404)
+    finally:
+        LOOKING.clear()
+    assert OPENED and not any("secret" in path for path in OPENED)  # the page itself is read
 
 
 class Slow(Served):
@@ -345,6 +400,51 @@ def test_a_full_queue_and_a_late_answer(served):
         assert found[2][0] == 200
         gone = httpx2.post(f"{address}/v1/embeddings", content=iter([b"{"] * 30), timeout=60)
         assert gone.status_code == 400
+
+
+def test_more_requests_than_are_answered_at_once(served):
+    """They are refused before their bodies are read; whoever watches the server is not."""
+    slow = Slow(served)
+    found: list = []
+    with running(slow, Limits(requests=1)) as address:
+        first = threading.Thread(target=ask, args=(address, GOOD, found))
+        first.start()
+        assert slow.begun.wait(20)
+        refused = httpx2.post(f"{address}/search", json={"query": "x"}, timeout=60)
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
+        assert "too many requests are being answered" in refused.json()["error"]["message"]
+        assert httpx2.get(f"{address}/healthz").status_code == httpx2.get(f"{address}/metrics").status_code == 200
+        slow.go.set()
+        first.join()
+        assert found[0][0] == 200 and httpx2.post(f"{address}/search", json={"query": "x"}).status_code == 200
+
+
+POSTED = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent, dripped, said",
+    [
+        (b"", b"", "head did not arrive within 0.5 s"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ", b"x", "head did not arrive within 0.5 s"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /", b"x", "head did not arrive within 0.5 s"),
+        (POSTED, b" ", "body did not arrive within 1 s"),
+    ],
+)
+def test_clients_that_dawdle(served, sent, dripped, said):
+    """A byte now and then keeps no connection open, the first request of one or the second."""
+    with running(served, Limits(seconds=1.0, head_seconds=0.5)) as address:
+        with socket.create_connection(("127.0.0.1", int(address.split(":")[-1])), timeout=0.1) as client:
+            client.sendall(sent)
+            answer, end = b"", time.monotonic() + 20
+            while b" 408 " not in answer or not answer.endswith(b"}"):
+                assert time.monotonic() < end
+                with contextlib.suppress(TimeoutError):
+                    answer += client.recv(4096)
+                with contextlib.suppress(ConnectionError):
+                    client.sendall(dripped)
+        assert said in answer.decode()
+        assert httpx2.get(f"{address}/healthz").status_code == 200
 
 
 def test_without_an_index_or_a_head(served, model):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from configs.base import QWEN2_5
 from r3jax.errors import UserError
 from r3jax.model import params as model_params
+from r3jax.model import sampler
 from r3jax.model.encoder import embed
 from r3jax.model.qwen2 import ModelConfig, hidden_states, logits
 from r3jax.model.sampler import sample
@@ -114,7 +115,8 @@ def test_eight_devices_compute_what_one_does():
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), result, results[0])
 
 
-def test_eight_devices_sample_what_one_does():
+def test_eight_devices_sample_what_one_does(monkeypatch):
+    monkeypatch.setattr(sampler, "LOOK", 2)  # so that rows leave, on each device as many
     config = sizes(vocab=12, tied=False)
     host = jax.device_get(weights(config))
     prompts, lengths = padded(np.random.default_rng(0), [7, 2, 5, 4], 7, config.vocab)
@@ -127,8 +129,8 @@ def test_eight_devices_sample_what_one_does():
                 *put_batch(mesh, (prompts, lengths, np.arange(4, dtype=np.int32))),
                 jax.random.key(0),
                 config=config,
-                group=4,
-                max_new=6,
+                group=8,
+                max_new=12,
                 temperature=1.0,
                 embed_id=7,
                 stop_ids=(3,),

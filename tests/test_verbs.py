@@ -164,6 +164,10 @@ def test_search_for_people(index, folder, model, monkeypatch, capsys):
     assert f"thought: {model.generate(query)}" in said and "ms per token" in said
     assert len([line for line in said.splitlines() if line.startswith("  ")]) == 3
     assert "thought" not in asked([], [index, query, "--no-reasoning"], monkeypatch, capsys)
+    assert "its end was not read" not in said
+    long = " ".join(fixtures.VERBS)
+    assert "its end was not read" in asked([], [index, long, "--no-reasoning"], monkeypatch, capsys)
+    assert json.loads(asked([], [index, long, "--no-reasoning", "--json"], monkeypatch, capsys))["cut"] is True
 
 
 def test_bytes_on_the_standard_input_that_are_no_text(index, monkeypatch, capsys):
@@ -176,15 +180,25 @@ def test_bytes_on_the_standard_input_that_are_no_text(index, monkeypatch, capsys
         assert exit_.value.code == 2 and "the standard input is not UTF-8 text" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("flags", [[], ["--reasoning", "--sources=model", "--negatives=3"]])
+@pytest.mark.parametrize("flags", [[], ["--reasoning", "--sources=model", "--negatives=3", "--on-error=skip"]])
 def test_mine(folder, model, tmp_path, capsys, flags):
     data, out = beir.load(folder / "data"), tmp_path / "out.jsonl"
+    shutil.copytree(folder / "data", tmp_path / "data")
+    if flags:
+        with (tmp_path / "data" / "corpus.jsonl").open("a") as file:
+            file.write('{"_id": "x", "text": ""}\n')
     dispatcher.main(
-        ["mine", str(folder / "run"), str(folder / "data"), str(out), "--margin=0.99", "--depth=200", *flags]
+        [
+            *("mine", str(folder / "run"), str(tmp_path / "data"), str(out)),
+            *("--margin=0.99", "--depth=200", "--json", *flags),
+        ]
     )
-    assert f"{out}: 120 queries" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    said = json.loads(printed.out)
+    assert ("warning: lines left out: 1; the first: " in printed.err) == bool(flags)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) > 60
+    assert len(lines) > 60 and (said["out"], said["queries"], said["without"]) == (str(out), 120, 120 - len(lines))
+    assert said["negatives"] == sum(said["by_source"].values()) == sum(len(line["neg"]) for line in lines)
     documents = model.encode_document(data.doc_texts)
     for line in lines[:10]:
         score = dict(
@@ -207,6 +221,9 @@ def test_mine(folder, model, tmp_path, capsys, flags):
         ("encode $RUN nowhere $OUT", "DATA: nowhere does not exist; give a BEIR folder"),
         ("encode $RUN $DATA $OUT --dtype=int8", "--dtype must be one of float32, float16, not 'int8'"),
         ("encode $RUN $DATA $OUT --max-length=0", "--max-length must be a whole number of at least 1"),
+        ("encode $RUN $DATA $OUT --max-length=32768", "the model has 32,768 positions: give at most 32,"),
+        ("encode $RUN $DATA $OUT --on-error=ignore", "--on-error must be one of strict, skip, not 'ignore'"),
+        ("encode nowhere $DATA $RUN/config.json/out", "OUT: cannot write to $RUN/config.json/out: Not a directory"),
         ("encode $RUN $DATA $VECTORS --max-length=3", "was encoded with max_length=12, not 3; name another folder"),
         ("encode $RUN $DATA $VECTORS --prompt=Other", "was encoded with another prompt; name another folder"),
         ("encode $RUN $DATA $DATA", "OUT names $DATA, where something else is"),

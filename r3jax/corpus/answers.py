@@ -37,6 +37,7 @@ class Answer:
     hits: list[tuple[str, float, str]]  # id, score, text; best first
     read_ms: float
     search_ms: float
+    cut: bool  # whether the query is longer than the model reads, so that its end was not read
 
     @property
     def ms_per_token(self) -> float | None:
@@ -45,7 +46,7 @@ class Answer:
 
     def as_json(self) -> str:
         """One line."""
-        found: dict[str, Any] = {"query": self.query, "thought": self.thought}
+        found: dict[str, Any] = {"query": self.query, "cut": self.cut, "thought": self.thought}
         if self.thought is not None:
             found |= {"emitted": self.emitted, "tokens": self.tokens, "ms_per_token": round(self.ms_per_token, 3)}
         found |= {"read_ms": round(self.read_ms, 3), "search_ms": round(self.search_ms, 3)}
@@ -54,7 +55,7 @@ class Answer:
 
     def as_text(self) -> str:
         """For people: the thought, a line for each hit, and the times."""
-        lines = []
+        lines = ["note: the query is longer than the model reads; its end was not read"] if self.cut else []
         cost = f"{self.read_ms:.1f} ms to read"
         if self.thought is not None:
             lines.append(f"thought: {self.thought or '(empty)'}" + ("" if self.emitted else "  (cut, did not end)"))
@@ -93,6 +94,7 @@ class Searcher:
     def answer(self, query: str, k: int, reasoning: bool) -> Answer:
         """The best k documents (all, where there are fewer) for a query."""
         begin = time.perf_counter()
+        cut = len(self.reader.chat.tokens([query])[0]) > self.reader.max_query
         thought, emitted, tokens = None, True, 0
         if reasoning:
             found = self.reader.reason(self.params, [query])
@@ -108,4 +110,4 @@ class Searcher:
             name, text = documents[row]
             hits.append((name, score, text))
         done = time.perf_counter()
-        return Answer(query, thought, emitted, tokens, hits, 1000 * (read - begin), 1000 * (done - read))
+        return Answer(query, thought, emitted, tokens, hits, 1000 * (read - begin), 1000 * (done - read), cut)

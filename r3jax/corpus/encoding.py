@@ -16,6 +16,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,11 @@ def encode_corpus(
     Raises:
       UserError: another identity or other data, a bad document, a vector that is lost, or a folder that cannot be
         written.
+
+    The manifest's `skipped` counts the lines that `documents` dropped.
     """
+    if processes.index == 0:
+        check_out(out)
     with _writing(out):
         wanted = {"data": documents.fingerprint(), **identity, "dtype": dtype, "shard": shard}
         if (out / MANIFEST).is_file():
@@ -129,6 +134,7 @@ def encode_corpus(
                 "documents": len(texts),
                 "width": width,
                 "truncated": sum(manifest.read(_mark(out, i))["truncated"] for i in shards),
+                "skipped": manifest.read(out / PROGRESS / BEGUN).get("skipped", 0),
             }
             (out / f"{VECTORS}.part").replace(out / VECTORS)
             manifest.write(
@@ -137,6 +143,24 @@ def encode_corpus(
             shutil.rmtree(out / PROGRESS)
         processes.wait("finished")
         return manifest.read(out / MANIFEST)
+
+
+def check_out(out: pathlib.Path) -> None:
+    """UserError where `out` holds something else, or cannot be written: known before a model is read."""
+    with _writing(out):
+        if out.exists() and (not out.is_dir() or not _is_ours(out)):
+            raise UserError(f"OUT names {out}, where something else is; name another folder.")
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+
+
+def _is_ours(out: pathlib.Path) -> bool:
+    """Whether a folder holds an encoding, the beginning of one, or nothing."""
+    begun = {PROGRESS, f"{VECTORS}.part"} | {x + y for x in (stored.TEXTS, stored.OFFSETS) for y in ("", ".part")}
+    if (out / MANIFEST).is_file() or (out / PROGRESS / BEGUN).is_file():
+        return True
+    return {file.name for file in out.iterdir()} <= begun
 
 
 def refuse_lost(vectors: np.ndarray) -> None:
@@ -170,15 +194,12 @@ def _begin(documents: Documents, out: pathlib.Path, wanted: dict[str, Any], widt
         if (out / VECTORS).is_file():  # killed between the vectors' last name and the manifest
             (out / VECTORS).replace(out / f"{VECTORS}.part")
         return
-    ours = {PROGRESS, f"{VECTORS}.part"} | {x + y for x in (stored.TEXTS, stored.OFFSETS) for y in ("", ".part")}
-    if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):
-        raise UserError(f"OUT names {out}, where something else is; name another folder.")
     (out / PROGRESS).mkdir(parents=True, exist_ok=True)
     count = stored.write(documents, out)
     with (out / f"{VECTORS}.part").open("wb") as file:
         start = _header(file, count, width, dtype)
         file.truncate(start + count * width * np.dtype(dtype).itemsize)
-    manifest.write(begun, wanted)
+    manifest.write(begun, {**wanted, "skipped": documents.skipped})
 
 
 def _header(file, count: int, width: int, dtype: str) -> int:

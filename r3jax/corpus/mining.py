@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -91,15 +92,25 @@ def to_line(dataset: Dataset, mined: Mined) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def summary(mined: list[Mined]) -> str:
-    """One line about all of them."""
+def summary(mined: list[Mined]) -> dict[str, int | dict[str, int]]:
+    """Counts over all of them."""
     sources = Counter(source for m in mined for source in m.sources)
-    total = sum(sources.values())
-    by = ", ".join(f"{n:,} by {source}" for source, n in sources.items())
-    without = sum(not m.negatives for m in mined)
+    return {
+        "queries": len(mined),
+        "negatives": sum(sources.values()),
+        "by_source": dict(sources),
+        "false_negatives": sum(m.dropped for m in mined),
+        "without": sum(not m.negatives for m in mined),
+    }
+
+
+def sentence(counts: Mapping[str, Any]) -> str:
+    """A `summary` for people."""
+    by = ", ".join(f"{n:,} by {source}" for source, n in counts["by_source"].items())
     return (
-        f"{len(mined):,} queries, {total:,} negatives ({by or 'none'}), {sum(m.dropped for m in mined):,} candidates "
-        f"dropped as false negatives, {without:,} queries without a negative left out"
+        f"{counts['queries']:,} queries, {counts['negatives']:,} negatives ({by or 'none'}), "
+        f"{counts['false_negatives']:,} candidates dropped as false negatives, "
+        f"{counts['without']:,} queries without a negative left out"
     )
 
 

@@ -2,7 +2,7 @@
 
     FOLDER          its corpus.jsonl (`data/beir`)
     FILE.jsonl      {"_id": str, "title": str, "text": str}, or a JSON string; without an id the line's number is it
-    any other FILE  one document per line, its number the id
+    any other FILE  one document per line, its number the id; what only looks like it (OTHERS) is refused
 
 A corpus is never held in memory: files are read anew by each pass.
 """
@@ -12,25 +12,41 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from r3jax.data.lines import BadLine, identifier, parse, stream, string
+from r3jax.data.lines import BadLine, decode, identifier, parse, string
 from r3jax.errors import UserError
 
 IDS = ("_id", "id", "docid", "doc_id")  # BEIR's, and what others call it
 BLOCK = 1 << 20
+TABLE = "pandas: read_{}(FILE).to_json('FILE.jsonl', orient='records', lines=True), the columns named _id and text"
+OTHERS = {  # files that are no documents line by line, and how to make lines of them
+    ".json": "jq -c '.[]' FILE > FILE.jsonl makes lines of a list",
+    ".csv": TABLE.format("csv"),
+    ".tsv": TABLE.format("table"),
+    ".parquet": TABLE.format("parquet"),
+    ".gz": "unpack it",
+    ".zip": "unpack it",
+}
 
 
 class Documents:
-    """The documents at `path`; UserError where there is nothing that can be read."""
+    """The documents at `path`; UserError where there is nothing that can be read.
 
-    def __init__(self, path: str | pathlib.Path, field: str = "DATA"):
-        """field: what to call the path in a UserError."""
+    After a pass `skipped` says how many lines on_error="skip" has dropped, and `first_skipped` why the first was.
+    """
+
+    def __init__(self, path: str | pathlib.Path, field: str = "DATA", on_error: str = "strict"):
+        """field: what to call the path in a UserError; on_error: strict or skip, as of `data/beir.load`."""
         path = pathlib.Path(path)
+        self.strict = on_error == "strict"
+        self.skipped, self.first_skipped = 0, ""
         self.path = path / "corpus.jsonl" if path.is_dir() else path
         if not self.path.is_file():
             raise UserError(
                 f"{field}: {self.path} does not exist; give a BEIR folder, a .jsonl file, or plain text with one "
                 "document per line."
             )
+        if fix := OTHERS.get(self.path.suffix.lower()):
+            raise UserError(f"{field}: {self.path} is neither .jsonl nor plain text with one document per line; {fix}.")
         self._read = _json_line if self.path.suffix == ".jsonl" else _plain_line
 
     def fingerprint(self) -> str:
@@ -42,15 +58,28 @@ class Documents:
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        """(id, text) of each document, in order; ids may still occur twice. UserError with file:line for a bad one."""
-        for line, number in stream(self.path):
-            try:
-                name, text = self._read(line, number)
-                if not text:
-                    raise BadLine(f"document {name!r} has an empty text; write one or delete the line")
-            except BadLine as bad:
-                raise UserError(f"{self.path}:{number}: {bad}.") from None
-            yield name, text
+        """(id, text) of each document, in order; ids may still occur twice.
+
+        UserError with file:line for a bad one, or it is dropped. Blank lines are none.
+        """
+        self.skipped, self.first_skipped = 0, ""
+        with self.path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                try:
+                    line = decode(raw, number)
+                    if not line.strip():
+                        continue
+                    name, text = self._read(line, number)
+                    if not text:
+                        raise BadLine(f"document {name!r} has an empty text; write one or delete the line")
+                except BadLine as bad:
+                    message = f"{self.path}:{number}: {bad}."
+                    if self.strict:
+                        raise UserError(message) from None
+                    self.first_skipped = self.first_skipped or message
+                    self.skipped += 1
+                    continue
+                yield name, text
 
 
 def _plain_line(line: str, number: int) -> tuple[str, str]:

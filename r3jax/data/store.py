@@ -76,17 +76,6 @@ class TrainingSource:
         }
 
 
-class Part:
-    def __init__(self, source, keep):
-        self._source, self._rows = source, [i for i in range(len(source)) if keep(i)]
-
-    def __len__(self):
-        return len(self._rows)
-
-    def __getitem__(self, index):
-        return self._source[self._rows[index]]
-
-
 def training_source(
     dataset: Dataset, split: str, cache_dir: str | pathlib.Path, thoughts: Mapping[str, str]
 ) -> TrainingSource:

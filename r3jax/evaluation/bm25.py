@@ -6,11 +6,17 @@ computed by bm25s (Lù 2024). Texts are lower-cased; words are runs of two or mo
 English stemmer.
 """
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 import Stemmer
+
+
+def _library():
+    """bm25s, imported when it is needed: that runs JAX, which must not choose its devices before an entry point has."""
+    import bm25s
+
+    return bm25s
 
 
 class BM25:
@@ -33,11 +39,7 @@ class BM25:
         self.doc_ids = list(doc_ids)
         self._progress = progress
         self._stemmer = Stemmer.Stemmer("english")
-        import bm25s  # only now: it starts jax's devices, which must wait until the processes of a job are joined
-
-        logging.getLogger("bm25s").setLevel(logging.ERROR)
-        self._tokenizer = bm25s.tokenize
-        self._index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
+        self._index = _library().BM25(method="lucene", k1=0.9, b=0.4)
         tokens = self._tokenize(doc_texts)
         # A corpus of stop words alone has no vocabulary, which bm25s cannot index: nothing matches then.
         self._blank = not any(tokens)
@@ -71,7 +73,7 @@ class BM25:
         return rows, scores
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
-        return self._tokenizer(
+        return _library().tokenize(
             list(texts),
             stopwords="english",
             stemmer=self._stemmer,

@@ -105,14 +105,15 @@ def parameter_table(c: ModelConfig) -> Table:
 class KVCache:
     """Keys and values of one decoding batch: B prompts, G samples each; one entry per layer.
 
-    The prompt's part is stored once and shared by its samples.
+    The prompt's part is stored once and shared by its samples. Tokens lie side by side within a head, which is how
+    attention multiplies them: the other way round a step copies the whole cache first.
     """
 
-    prompt_k: tuple[Float[Array, "B P K H"], ...]
-    prompt_v: tuple[Float[Array, "B P K H"], ...]
+    prompt_k: tuple[Float[Array, "B K P H"], ...]
+    prompt_v: tuple[Float[Array, "B K P H"], ...]
     prompt_valid: Bool[Array, "B P"]
-    new_k: tuple[Float[Array, "B G T K H"], ...]
-    new_v: tuple[Float[Array, "B G T K H"], ...]
+    new_k: tuple[Float[Array, "B G K T H"], ...]
+    new_v: tuple[Float[Array, "B G K T H"], ...]
 
 
 class Linear(nn.Module):
@@ -205,18 +206,18 @@ class Attention(nn.Module):
             state = (keys, values)
         else:
             prompt_k, prompt_v, prompt_valid, new_k, new_v = memory
-            new_k = jax.lax.dynamic_update_slice_in_dim(new_k, keys[:, :, None], slot, axis=2)
-            new_v = jax.lax.dynamic_update_slice_in_dim(new_v, values[:, :, None], slot, axis=2)
+            new_k = jax.lax.dynamic_update_slice_in_dim(new_k, keys[:, :, :, None], slot, axis=3)
+            new_v = jax.lax.dynamic_update_slice_in_dim(new_v, values[:, :, :, None], slot, axis=3)
             scores = jnp.concatenate(
-                [jnp.einsum("bgkmh,bpkh->bkmgp", q, prompt_k), jnp.einsum("bgkmh,bgtkh->bkmgt", q, new_k)], -1
+                [jnp.einsum("bgkmh,bkph->bgkmp", q, prompt_k), jnp.einsum("bgkmh,bgkth->bgkmt", q, new_k)], -1
             )
-            size, steps = prompt_k.shape[1], new_k.shape[2]
+            size, steps = prompt_k.shape[2], new_k.shape[3]
             filled = jnp.broadcast_to(jnp.arange(steps) <= slot, (x.shape[0], steps))
             filled = place(filled, P(BATCH, None))
             seen = jnp.concatenate([prompt_valid, filled], axis=-1)[:, None, None, None]
             weights = masked_softmax(scores, seen).astype(x.dtype)
-            mixed = jnp.einsum("bkmgp,bpkh->bgkmh", weights[..., :size], prompt_v)
-            mixed += jnp.einsum("bkmgt,bgtkh->bgkmh", weights[..., size:], new_v)
+            mixed = jnp.einsum("bgkmp,bkph->bgkmh", weights[..., :size], prompt_v)
+            mixed += jnp.einsum("bgkmt,bgkth->bgkmh", weights[..., size:], new_v)
             state = (new_k, new_v)
         y = Linear((k, m, h), (c.width,), ("kv_heads", None, None, "embed"), c, name="o")(mixed)
         return y, state

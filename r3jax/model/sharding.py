@@ -68,7 +68,7 @@ def out(spec: P) -> P | None:
     return spec if has_mesh() else None
 
 
-def batch_parts(mesh: jax.sharding.Mesh) -> int:
+def batch_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Into how many parts the batch axis is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -12,15 +12,17 @@ from r3jax.evaluation.bm25 import BM25
 from r3jax.evaluation.significance import paired_randomisation
 from r3jax.evaluation.trec import write_qrels, write_run
 from r3jax.processes import leads
-from r3jax.reader import Reader
+from r3jax.reader import OnRows, Reader
 from r3jax.results import cautions
-from r3jax.results.conditions import MODEL_CONDITIONS, Measured, bm25, evaluate, examples
+from r3jax.results.conditions import MODEL_CONDITIONS, Measured, bm25, evaluate
+from r3jax.results.examples import examples, thoughts_of, write_thoughts
+from r3jax.run.progress import progress
 from r3jax.search.sharded import build as build_index
 
 METRIC = "ndcg@10"  # of the p-values
 EXAMPLES = 50
 # left > right, paired by query; "best trained" is whichever trained condition has the highest nDCG@10.
-QUESTIONS = (
+_OF_STAGES = (
     ("rl_reasoning", "sft_reasoning"),
     ("rl_reasoning", "rl_empty"),
     ("rl_reasoning", "rl_shuffled"),
@@ -34,6 +36,13 @@ QUESTIONS = (
     ("sft_reasoning", "sft_direct"),
     ("best trained", "bm25"),
 )
+# The same of a model without stages.
+QUESTIONS = _OF_STAGES + tuple(
+    (left.removeprefix("rl_"), right.removeprefix("rl_"))
+    for left, right in _OF_STAGES
+    if left.startswith("rl_") and right.startswith("rl_")
+)
+_VECTORS = ("direct", "reasoning", "averaged")  # of a model as it is meant: no controls, no budgets
 
 
 def compare(
@@ -41,21 +50,22 @@ def compare(
     splits: Sequence[str],
     models: Iterable[tuple[str, Any]],
     reader: Reader,
-    encode_corpus: Callable[[Any], np.ndarray],
+    encode_corpus: Callable[[Any, OnRows], np.ndarray],
     workdir: pathlib.Path,
     conditions: Sequence[str] = MODEL_CONDITIONS,
 ) -> dict[str, Any]:
-    """The `splits`, `p_values` and `warnings` of results.json; writes TREC files and the page's examples beside it.
+    """The `splits`, `p_values` and `warnings` of results.json; writes TREC files, thoughts and examples.
 
     Of several processes all must ask, and process 0 writes.
     models: (name, params) in order; one named "untrained" is measured in direct mode only, one named "" gives
-    conditions without a prefix. The last one's queries become the page's examples.
+    conditions without a prefix. The last one's first queries become the page's examples.
     """
     searcher = BM25(dataset.doc_ids, dataset.doc_texts)
     found: dict[str, dict[str, Measured]] = {s: {"bm25": bm25(dataset, s, searcher)} for s in splits}
     cards: list[dict] = []
     for name, params in models:
-        index = build_index(encode_corpus(params), len(dataset.doc_ids), 0, "exact")
+        with progress("encoding documents", len(dataset.doc_texts)) as on_rows:
+            index = build_index(encode_corpus(params, on_rows), len(dataset.doc_ids), 0, "exact")
         cards = []
         for split in splits:
             wanted = [c for c in conditions if c == "direct" or name != "untrained"]
@@ -66,7 +76,9 @@ def compare(
                 label = name if name == "untrained" else f"{name}_{condition}" if name else condition
                 found[split][label] = m
             if {"reasoning", "direct"} <= set(measured):
-                cards += examples(dataset, split, measured, EXAMPLES // len(splits))
+                reasoned, direct = measured["reasoning"], measured["direct"]
+                count = EXAMPLES // len(splits)
+                cards += examples(dataset, split, thoughts_of(reasoned), reasoned.run, direct.run, count)
     if leads():
         _write(workdir, dataset, found, cards)
     return {
@@ -81,18 +93,20 @@ def compare(
 
 
 def _write(workdir: pathlib.Path, dataset: Dataset, found: dict[str, dict[str, Measured]], cards: list[dict]) -> None:
-    """TREC runs and judgements, and the page's examples."""
+    """TREC runs and judgements, thoughts, and the page's examples."""
     for split, by_label in found.items():
         judged = {query: dataset.qrels[split][query] for query in dataset.positives(split)}
         write_qrels(workdir / "trec" / f"{split}.qrels", judged)
         for label, m in by_label.items():
             write_run(workdir / "trec" / f"{split}.{label}.run", m.run, tag=f"r3jax-{label}")
+            if m.thoughts is not None:
+                write_thoughts(workdir / "thoughts" / f"{split}.{label}.jsonl", thoughts_of(m))
     (workdir / "examples.json").write_text(json.dumps(cards, indent=1, ensure_ascii=False))
 
 
 def best_trained(found: Mapping[str, Measured]) -> str:
     """The trained condition, no control, with the highest nDCG@10 on this split; "" if there is none."""
-    trained = [x for x in found if x.startswith(("sft_", "rl_")) and x.endswith(("_direct", "_reasoning", "_averaged"))]
+    trained = [x for x in found if x.removeprefix("sft_").removeprefix("rl_") in _VECTORS]
     return max(trained, key=lambda label: found[label].summary[METRIC], default="")
 
 

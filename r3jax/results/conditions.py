@@ -18,6 +18,7 @@ from r3jax.data.beir import Dataset
 from r3jax.evaluation import metrics
 from r3jax.evaluation.bm25 import BM25
 from r3jax.reader import Reader
+from r3jax.run.progress import progress
 from r3jax.search.sharded import Index
 
 DEPTH = 100  # documents returned per query
@@ -32,8 +33,8 @@ class Measured:
     run: Mapping[str, Mapping[str, float]]  # query id -> document id -> score
     per_query: dict[str, dict[str, float]]  # metric -> query id -> value
     summary: dict[str, Any]  # as results.json holds it
-    thoughts: list[str] | None = None
-    emitted: np.ndarray | None = None
+    thoughts: list[str] | None = None  # in the order of the run, where each query has one of its own
+    emitted: np.ndarray | None = None  # [Q] bool; whether the thought ended in time
 
 
 def queries_of(dataset: Dataset, split: str) -> tuple[list[str], list[str]]:
@@ -61,82 +62,46 @@ def evaluate(
 ) -> dict[str, Measured]:
     """The model's conditions on one split, searched exactly in `index` (this model's document vectors)."""
     ids, texts = queries_of(dataset, split)
-    found, reasoned, averaged, thinking = {}, None, None, 0.0
+    found, reasoned, thinking = {}, None, 0.0
     if set(conditions) & {"reasoning", "shuffled"}:
         start = time.perf_counter()
-        reasoned = reader.reason(params, texts)
+        with progress(f"{split}: thinking", len(texts)) as on_rows:
+            reasoned = reader.reason(params, texts, on_rows=on_rows)
         thinking = time.perf_counter() - start
     for name in conditions:
         start = time.perf_counter()
-        seconds, thoughts = 0.0, None
-        if name == "direct":
-            vectors = reader.direct(params, texts)
-        elif name == "reasoning":
-            vectors, thoughts, seconds = reasoned.vectors, reasoned.thoughts, thinking
-        elif name == "averaged":
-            averaged = reader.reason(params, texts, reader.thoughts)
-            vectors = averaged.vectors
-        elif name.startswith(BUDGET):
-            short = dataclasses.replace(reader, max_new=int(name.removeprefix(BUDGET)) + 1)
-            limited = short.reason(params, texts)
-            vectors = limited.vectors
-        elif name == "empty":
-            vectors = reader.with_thoughts(params, texts, [[]] * len(texts))
-        elif name == "shuffled":
-            others = reasoned.thoughts[1:] + reasoned.thoughts[:1]
-            vectors = reader.with_thoughts(params, texts, others)
-        elif name == "copied":
-            copies = [row[: reader.max_new - 1] for row in reader.chat.tokenizer.encode_batch(texts)]
-            vectors = reader.with_thoughts(params, texts, copies)
-        else:
-            raise ValueError(f"conditions must be among {', '.join(MODEL_CONDITIONS)}, not {name!r}")
-        rows, scores = index.search(vectors, min(DEPTH, len(index)))
+        seconds, own = 0.0, None
+        with progress(f"{split}: {name}", len(texts)) as on_rows:
+            if name == "direct":
+                vectors = reader.direct(params, texts, on_rows)
+            elif name == "reasoning":
+                own, seconds = reasoned, thinking
+            elif name == "averaged":
+                own = reader.reason(params, texts, reader.thoughts, on_rows)
+            elif name.startswith(BUDGET):
+                short = dataclasses.replace(reader, max_new=int(name.removeprefix(BUDGET)) + 1)
+                own = short.reason(params, texts, on_rows=on_rows)
+            elif name == "empty":
+                vectors = reader.with_thoughts(params, texts, [[]] * len(texts), on_rows)
+            elif name == "shuffled":
+                others = reasoned.thoughts[1:] + reasoned.thoughts[:1]
+                vectors = reader.with_thoughts(params, texts, others, on_rows)
+            elif name == "copied":
+                copies = [row[: reader.max_new - 1] for row in reader.chat.tokenizer.encode_batch(texts)]
+                vectors = reader.with_thoughts(params, texts, copies, on_rows)
+            else:
+                raise ValueError(f"conditions must be among {', '.join(MODEL_CONDITIONS)}, not {name!r}")
+        rows, scores = index.search(vectors if own is None else own.vectors, min(DEPTH, len(index)))
         seconds += time.perf_counter() - start
         measured = _measure(dataset, split, ids, rows, scores, seconds)
-        if name in ("reasoning", "averaged") or name.startswith(BUDGET):
-            own = {"reasoning": reasoned, "averaged": averaged}.get(name) or limited
+        if own is not None:
             measured.summary["thought_tokens"] = float(own.tokens.mean())
             measured.summary["token_rate"] = float(own.emitted.mean())
-        if thoughts is not None:
-            decoded = [reader.chat.tokenizer.decode(t) for t in thoughts]
-            measured = dataclasses.replace(measured, thoughts=decoded, emitted=reasoned.emitted)
+            if name != "averaged":  # of several thoughts none is the one
+                decoded = [reader.chat.tokenizer.decode(t) for t in own.thoughts]
+                measured = dataclasses.replace(measured, thoughts=decoded, emitted=own.emitted == 1)
         found[name] = measured
     return found
-
-
-def examples(dataset: Dataset, split: str, found: dict[str, Measured], count: int, hits: int = 5) -> list[dict]:
-    """The first `count` queries with their thought, and the top hits with and without it: for the page."""
-    reasoned, direct = found["reasoning"], found["direct"]
-    cards = []
-    for i, query in enumerate(list(reasoned.run)[:count]):
-        relevant = {d for d, grade in dataset.qrels[split][query].items() if grade > 0}
-
-        def top(measured, query=query, relevant=relevant):
-            return [
-                {
-                    "doc_id": d,
-                    "text": dataset.doc_texts[dataset.doc_row[d]],
-                    "score": float(measured.run[query][d]),
-                    "relevant": d in relevant,
-                }
-                for d in metrics.rank(measured.run[query], hits)
-            ]
-
-        cards.append(
-            {
-                "split": split,
-                "query_id": query,
-                "query": dataset.query_texts[dataset.query_row[query]],
-                "thought": reasoned.thoughts[i],
-                "emitted": bool(reasoned.emitted[i] == 1),
-                "relevant": [{"doc_id": d, "text": dataset.doc_texts[dataset.doc_row[d]]} for d in sorted(relevant)],
-                "hits_with": top(reasoned),
-                "hits_without": top(direct),
-                "ndcg_with": reasoned.per_query["ndcg@10"][query],
-                "ndcg_without": direct.per_query["ndcg@10"][query],
-            }
-        )
-    return cards
 
 
 def _measure(dataset: Dataset, split: str, ids, rows, scores, seconds: float) -> Measured:

@@ -1,8 +1,7 @@
-"""The report of a run: one static page that opens from disk, needs no network and works without scripts.
+"""The report of a run, a static page.
 
 Read from the work folder: ``results.json``, ``metrics.jsonl``, ``examples.json`` and ``config.json``. Each
-may be missing, and so may each key in them: the part of the page that would show it is left out. Everything
-that comes from data is escaped, and a content security policy forbids the page to load anything.
+may be missing, and so may each key in them: the part of the page that would show it is left out.
 """
 
 import html
@@ -15,6 +14,7 @@ from typing import Any
 from r3jax.errors import UserError
 from r3jax.results import curves, queries, table
 from r3jax.results.charts import duration
+from r3jax.results.page import head, write_page
 from r3jax.results.table import MISSING, fixed, number, p_text, percent
 
 LABELS = {
@@ -35,6 +35,13 @@ _HEADLINES = (
     "sft_reasoning",
     "sft_direct",
 )  # the first one there is shown on top
+
+
+def label(condition: str) -> str:
+    """For people; of a model without stages the words after the stage's."""
+    if f"rl_{condition}" in LABELS:
+        return LABELS[f"rl_{condition}"].removeprefix("RL, ").capitalize()
+    return LABELS.get(condition, condition)
 
 
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
@@ -66,27 +73,8 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         ("time", "Time", curves.time(lines, results.get("stage_seconds") or {})),
         ("queries", "Queries", queries.cards(examples)),
     ]
-    sections = [(anchor, name, body) for anchor, name, body in sections if body]
-    links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name, _ in sections)
-    body = (
-        _header(title, results, config)
-        + (f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if links else "")
-        + "<main>"
-        + "".join(f'<section id="{anchor}"><h2>{name}</h2>{content}</section>' for anchor, name, content in sections)
-        + "</main><footer>Written by r3jax. This page is one file and loads nothing.</footer>"
-    )
-    page = pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    head, rest = page.split("@@title@@")
-    before, after = rest.split("@@body@@")
     path = workdir / "report.html"
-    draft = workdir / f".report.html.{os.getpid()}"
-    try:
-        # "replace": a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
-        text = head + html.escape(title) + before + body + after
-        draft.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_page(path, title, _header(title, results, config), sections)
     return path
 
 
@@ -123,19 +111,7 @@ def _header(title: str, results: Mapping[str, Any], config: Mapping[str, Any]) -
     facts += [f"{duration(results['seconds'])} in all"] if number(results.get("seconds")) else []
     peak = number(results.get("peak_rss_bytes"))
     facts += [f"peak memory {peak / 2**30:.1f} GiB"] if peak else []
-    line = "".join(f"<span>{html.escape(fact)}</span>" for fact in facts)
-    tiles = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(below)}</small></dd></div>"
-        for name, value, below in _tiles(results)
-    )
-    return (
-        '<header><p class="eyebrow">Search-R3 run</p>'
-        f"<h1>{html.escape(title)}</h1>"
-        + (f'<p class="facts">{line}</p>' if line else "")
-        + (f'<dl class="tiles">{tiles}</dl>' if tiles else "")
-        + _config(config)
-        + "</header>"
-    )
+    return head("Search-R3 run", title, facts, list(_tiles(results)), _config(config))
 
 
 def _tiles(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -145,7 +121,7 @@ def _tiles(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         if name is None:
             continue
         lexical = conditions.get("bm25", {}).get("ndcg@10")
-        below = LABELS[name] + (f"; BM25 {fixed(lexical, 3)}" if number(lexical) is not None else "")
+        below = label(name) + (f"; BM25 {fixed(lexical, 3)}" if number(lexical) is not None else "")
         yield f"nDCG@10, {split} queries", fixed(conditions[name].get("ndcg@10"), 3), below
     refresh = results.get("refresh") or {}
     if number(refresh.get("mean_abs_reward_error")) is not None:
@@ -204,7 +180,7 @@ def _split(results: Mapping[str, Any], split: str, conditions: Mapping[str, Mapp
         bar = f'<span class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></span>'
         silent = number(figures.get("unanswered"))
         hint = f' <small class="soft">{silent:,.0f} unanswered</small>' if silent else ""
-        row = f'<th scope="row">{html.escape(LABELS.get(name, name))}{hint}</th>'
+        row = f'<th scope="row">{html.escape(label(name))}{hint}</th>'
         for i, (text, best) in enumerate(cells[1:]):
             cell = f"{bar}<span>{html.escape(text)}</span>" if i == 0 else html.escape(text)
             row += f'<td class="{"best" if best else ""}">{cell}</td>'
@@ -222,7 +198,7 @@ def _p_values(pairs: Mapping[str, Any]) -> str:
         return ""
     items = []
     for pair, p in pairs.items():
-        names = " &gt; ".join(html.escape(LABELS.get(name, name)) for name in pair.split(" > "))
+        names = " &gt; ".join(html.escape(label(name)) for name in pair.split(" > "))
         value = number(p)
         strength = "strong" if value is not None and value < 0.05 else "weak"
         items.append(f'<li class="{strength}"><span>{names}</span><b>{html.escape(p_text(p))}</b></li>')

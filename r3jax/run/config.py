@@ -18,6 +18,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -215,17 +216,25 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         sys.exit(141)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        _let_it_be_the_last_word()
         sys.exit(2)
     except OSError as e:
         if e.errno not in FULL:
             raise
         where = f" at {e.filename}" if e.filename else ""
         print(f"error: {os.strerror(e.errno)}{where}; make room and give the same command again.", file=sys.stderr)
+        _let_it_be_the_last_word()
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _let_it_be_the_last_word() -> None:
+    """Libraries that hold files of a full disk would add traces to the sentence when the process ends."""
+    sys.unraisablehook = lambda _: None
+    threading.excepthook = lambda _: None
 
 
 def _split(argv: Sequence[str], entry: str, known: Mapping[str, str]) -> Iterable[tuple[str, str]]:

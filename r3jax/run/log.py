@@ -32,7 +32,8 @@ def quiet_libraries() -> None:
 
     For entry points, once all is imported.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax, grain and tfds log through it
+    logging.getLogger("bm25s").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax, grain, tfds: what they log as an error they raise
 
 
 class RunLog:
@@ -88,8 +89,10 @@ class RunLog:
                 purge_step=step,
                 filename_suffix=f".{time.time_ns()}",
             )
+        # Its thread ends on a full disk, and its queue would then wait for ever.
+        alive = self._boards[stage].file_writer.event_writer._worker.is_alive()
         for name, value in values.items():
-            if not _odd(value):
+            if alive and not _odd(value):
                 self._boards[stage].add_scalar(name, value, step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

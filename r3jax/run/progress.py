@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,6 +11,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 SILENT_SECONDS = 2.0
 PLAIN_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says what takes long where nothing can be counted: a spinner on a terminal, elsewhere a line."""
+    console = Console(stderr=True)
+    spinner = console.status(what)
+
+    def tell() -> None:
+        if console.is_terminal:
+            spinner.start()
+        else:
+            print(f"{what} …", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(SILENT_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        spinner.stop()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ def router(desk: Desk, problems: dict) -> APIRouter:
     """POST /search."""
     routes = APIRouter()
     body_type: Any = schema.search_request(desk.served, desk.limits)[0]
-    events = {"description": "With stream: server-sent events.", "schema": {"type": "string"}}
+    names = {"type": "string", "enum": ["thought", "answer", "error"]}
+    event = {"event": names, "data": {"type": "string", "description": "JSON."}}
+    events = {"schema": {"description": "One event.", "type": "object", "properties": event, "required": [*event]}}
     good = {"model": schema.Answer, "content": {"text/event-stream": events}}
 
     @routes.post("/search", responses={200: good, **problems})
@@ -35,13 +37,14 @@ def router(desk: Desk, problems: dict) -> APIRouter:
         begin = time.perf_counter()
         mode = QUERY if body.reasoning else DIRECT
         async with desk.clock():
-            row = (await desk.rows(mode, [body.query], "query")).rows[0]
+            rows = await desk.rows(mode, [body.query], "query")
+            row, cut = rows.rows[0], rows.cut > 0
             if body.stream and body.reasoning:
                 if desk.streams >= desk.limits.streams:
                     raise overloaded("too many thoughts are being told; try again in a second, or without stream.")
-                return _events(_aloud(desk, body, row, begin))
+                return _events(_aloud(desk, body, row, cut, begin))
             read = (await desk.read(mode, [row]))[0]
-            found = await _answer(desk, body, read, begin)
+            found = await _answer(desk, body, read, cut, begin)
         if body.stream:
             return _events(_once(_event("answer", found.as_json())))
         return Response(found.as_json().encode("utf-8", "replace"), media_type="application/json")
@@ -49,16 +52,16 @@ def router(desk: Desk, problems: dict) -> APIRouter:
     return routes
 
 
-async def _answer(desk: Desk, body, read: Read, begin: float) -> Answer:
+async def _answer(desk: Desk, body, read: Read, cut: bool, begin: float) -> Answer:
     """The hits of a query that was read."""
     done = time.perf_counter()
     hits = await asyncio.to_thread(desk.served.hits, read.vector, body.k, desk.limits.hits)
     thought = desk.served.chat.tokenizer.decode(read.thought) if body.reasoning else None
     times = 1000 * (done - begin), 1000 * (time.perf_counter() - done)
-    return Answer(body.query, thought, read.emitted, len(read.thought), hits, *times)
+    return Answer(body.query, thought, read.emitted, len(read.thought), hits, *times, cut)
 
 
-async def _aloud(desk: Desk, body, row: list[int], begin: float) -> AsyncIterator[bytes]:
+async def _aloud(desk: Desk, body, row: list[int], cut: bool, begin: float) -> AsyncIterator[bytes]:
     """Events of one query: the thought, piece by piece, then the answer."""
     desk.streams += 1
     try:
@@ -73,7 +76,7 @@ async def _aloud(desk: Desk, body, row: list[int], begin: float) -> AsyncIterato
                 told = text
             if read.vector is not None:
                 desk.metrics.written.inc(len(read.thought))
-                yield _event("answer", (await _answer(desk, body, read, begin)).as_json())
+                yield _event("answer", (await _answer(desk, body, read, cut, begin)).as_json())
     except Refusal as refusal:
         yield _event("error", json.dumps(refusal.content()))
     except Exception:  # the status has been sent: the client can only be told in an event

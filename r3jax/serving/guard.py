@@ -9,9 +9,10 @@ import time
 
 from r3jax.serving.limits import Limits
 from r3jax.serving.metrics import Metrics
-from r3jax.serving.refusal import Refusal
+from r3jax.serving.refusal import Refusal, overloaded
 
 OPEN = ("/", "/healthz", "/openapi.json")  # without a key: nothing of the model or the documents
+LIGHT = (*OPEN, "/metrics")  # answered however busy the server is
 
 
 class Guard:
@@ -20,12 +21,14 @@ class Guard:
     def __init__(self, app, limits: Limits, key: str | None, metrics: Metrics):
         self.app, self.limits, self.metrics = app, limits, metrics
         self.key = None if key is None else f"Bearer {key}".encode()
+        self.active = 0  # requests
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         begin, status = time.perf_counter(), 500
+        self.active += 1
 
         async def watched(message) -> None:
             nonlocal status
@@ -36,6 +39,7 @@ class Guard:
         try:
             await self._answer(scope, receive, watched)
         finally:
+            self.active -= 1
             route = scope.get("route")
             path = "other" if route is None else route.path  # a client's own paths would fill the memory
             self.metrics.requests.labels(path, status).inc()
@@ -44,6 +48,8 @@ class Guard:
     async def _answer(self, scope, receive, send) -> None:
         try:
             self._admit(scope)
+            if self.active > self.limits.requests and scope["path"] not in LIGHT:
+                raise overloaded("too many requests are being answered; try again in a second.")
             body = await self._body(scope, receive)
         except Refusal as refusal:
             # What is left of the body is not read: the connection cannot go on.

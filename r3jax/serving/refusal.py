@@ -27,9 +27,8 @@ class Refusal(Exception):
     def content(self) -> dict[str, Any]:
         """As JSON."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        # "replace": JSON can hold a lone surrogate, UTF-8 cannot.
-        message = self.message.encode("utf-8", "replace").decode()
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _shown(self.param)
+        return {"error": {"message": _shown(self.message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.content(), self.status, headers=self.headers)
@@ -65,6 +64,11 @@ def of_validation(errors: Sequence[Mapping[str, Any]], about: Mapping[str, str])
     if error["type"] == "literal_error" and field == "model":
         return Refusal(404, f"there is no model {given}; it must be {about[field]}.", field, "model_not_found")
     return Refusal(400, f"{field} must be {about[field]}.", field)
+
+
+def _shown(text: str) -> str:
+    """In one line of UTF-8: a client's own words may hold anything, halves of surrogate pairs too."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _short(text: str) -> str:

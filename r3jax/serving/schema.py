@@ -6,10 +6,12 @@ says all that can be said, and nothing that is not so.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
 from r3jax.serving.limits import Limits
 from r3jax.serving.model import Served
+
+NOT_BLANK = r"[^\u0000-\u0020]"  # not \S, which is another set of characters in every dialect
 
 
 def _utf8(text: str) -> str:
@@ -20,11 +22,22 @@ def _utf8(text: str) -> str:
     return text
 
 
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number, and JSON Schema calls 3.0 an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _from_to(low: int, high: int) -> Any:
+    """A whole number of that range."""
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(_whole)]
+
+
+# What bounds a value stands before what checks it: behind, it would be left out of the schema.
 Text = Annotated[str, AfterValidator(_utf8)]
 
 
 class Request(BaseModel):
-    """No value is converted, no unknown field is passed over."""
+    """No value is converted (but 3.0 is 3), no unknown field is passed over."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -80,6 +93,7 @@ class Hit(BaseModel):
 
 class Answer(BaseModel):
     query: str
+    cut: bool = Field(description="Whether the query is longer than the model reads: its end was not read.")
     thought: str | None = Field(description="null without reasoning.")
     emitted: bool | None = Field(None, description="Whether the thought ended in time.")
     tokens: int | None = Field(None, description="Of the thought.")
@@ -103,7 +117,8 @@ def embedding_request(served: Served, limits: Limits) -> tuple[type[Request], di
         return ids
 
     token: Any = {"type": "integer", "minimum": 0, "maximum": size - 1, "not": {"enum": sorted(control)}}
-    token = Annotated[int, Field(ge=0, lt=size), WithJsonSchema(token)]
+    whole = _from_to(0, size - 1)
+    token = Annotated[whole, WithJsonSchema(token)]
     tokens: Any = Annotated[list[token], Field(min_length=1, max_length=limits.tokens), AfterValidator(no_control)]
     several: Any = Field(min_length=1, max_length=limits.inputs)
     inputs: Any = Text | Annotated[list[Text], several] | tokens | Annotated[list[tokens], several]
@@ -120,7 +135,7 @@ def embedding_request(served: Served, limits: Limits) -> tuple[type[Request], di
         "input": (inputs, Field(description="Texts, or the ids of this model's own tokens.")),
         "model": (Literal[names], Field(description="query thinks first; query-direct and document do not.")),
         "encoding_format": (Literal["float", "base64"], "float"),
-        "dimensions": (Annotated[int, Field(ge=1, le=served.width)] | None, None),
+        "dimensions": (_from_to(1, served.width) | None, None),
         "user": (Text | None, Field(None, description="Taken, as OpenAI does, and not looked at.")),
     }
     return create_model("EmbeddingRequest", __base__=Request, **fields), about
@@ -136,8 +151,8 @@ def search_request(served: Served, limits: Limits) -> tuple[type[Request], dict[
     }
     thinks: Any = bool if served.thinks else Literal[False]
     fields: Any = {
-        "query": (Annotated[Text, Field(min_length=1, pattern=r"\S")], ...),
-        "k": (Annotated[int, Field(ge=1, le=limits.hits)], Field(10, description="Hits wanted.")),
+        "query": (Annotated[str, Field(pattern=NOT_BLANK), AfterValidator(_utf8)], ...),
+        "k": (_from_to(1, limits.hits), Field(10, description="Hits wanted.")),
         "reasoning": (thinks, Field(served.thinks, description="Whether the model thinks first.")),
         "stream": (
             bool,

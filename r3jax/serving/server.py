@@ -2,14 +2,19 @@
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from r3jax.errors import UserError
 from r3jax.serving.limits import Limits
+from r3jax.serving.refusal import Refusal
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -26,15 +31,60 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
+class Connection(H11Protocol):
+    """uvicorn's, which waits without end for a request's head, and for a client to take its answer."""
+
+    def __init__(self, limits: Limits, **given):
+        super().__init__(**given)
+        self._limits = limits
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._cancel()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:  # the head is there
+            self._cancel()
+        elif self._late is None:
+            self._expect_head()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(self._limits.seconds, self.transport.abort)
+
+    def _expect_head(self) -> None:
+        self._late = self.loop.call_later(self._limits.head_seconds, self._refuse)
+
+    def _cancel(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _refuse(self) -> None:
+        said = f"the request's head did not arrive within {self._limits.head_seconds:g} s; send it faster."
+        body = bytes(Refusal(408, said).response().body)
+        head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn, which would end by the signal that stopped it: whoever drained has done what was asked of him."""
 
     def __init__(self, app, limits: Limits, on_start: Callable[[], None] = lambda: None):
         wait = int(limits.seconds) + 1
+        connection: Any = functools.partial(Connection, limits)
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=connection,
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -116,7 +116,7 @@ class RL:
         self.mask_overlong = mask_overlong
         self.encode_batch, self.probe_every = encode_batch, probe_every
         self._stream = stream(source, transform=PromptTransform(most_positives), batch_size=prompts, seed=seed)
-        self._collector = Collector(
+        self.collector = Collector(
             stream=self._stream,
             queries=queries,
             chat=chat,
@@ -139,11 +139,11 @@ class RL:
     @property
     def environment(self) -> Environment:
         """What rewards the rollouts; a study puts one in its place that watches too."""
-        return self._collector.environment
+        return self.collector.environment
 
     @environment.setter
     def environment(self, environment: Environment) -> None:
-        self._collector.environment = environment
+        self.collector.environment = environment
 
     def next_batch(self, state: TrainState, step: int):
         weights = state.weights
@@ -151,17 +151,19 @@ class RL:
         def encode(rows):
             return self._encode(weights, rows)
 
-        groups, stats = self._collector.collect(weights, encode, step)
-        done, grouped = groups.done, groups.rewards.astype(np.float32)
+        groups, stats = self.collector.collect(weights, encode, step)
         if self.probe_every and step % self.probe_every == 0:
             everything = np.arange(len(self.documents))
             vectors = self._encode(weights, everything, here().share(len(everything)))
             rewards = np.where(groups.dropped[:, None], np.nan, groups.rewards).ravel()
             stats |= self.environment.probe(groups.rollouts, rewards, vectors)
-        self._keep_samples(groups, grouped)
-        stats["tokens"] = int((groups.prompt_lengths[:, None] + done.lengths).sum())
-        groups = own_rows(self.mesh, groups)
-        done, grouped = groups.done, groups.rewards.astype(np.float32)
+        self._keep_samples(groups)
+        stats["tokens"] = int((groups.prompt_lengths[:, None] + groups.done.lengths).sum())
+        return put_batch(self.mesh, self.packed(self.arrays(own_rows(self.mesh, groups)))), stats
+
+    def arrays(self, groups: Groups) -> dict[str, np.ndarray]:
+        """The host batch that `groups` make; every leaf's first axis is B."""
+        done = groups.done
         tokens, starts, lengths = _sequences(groups)
         docs = np.concatenate([groups.known[:, :1], groups.negatives], axis=1).astype(np.int32)
         width = bucket_of(self.chat.direct_extra + self.lengths.document)
@@ -170,20 +172,19 @@ class RL:
         mask = done.mask & kept[..., None]
         if self.mask_overlong:
             mask = mask & ~cut(done)[..., None]
-        arrays = {
+        return {
             "tokens": tokens,
             "starts": starts,
             "lengths": lengths,
             "old_logp": done.logp,
             "mask": mask.astype(np.float32),
-            "rewards": grouped,
+            "rewards": groups.rewards.astype(np.float32),
             "emitted": done.emitted & kept,
             "docs": doc_tokens.reshape(*docs.shape, -1),
             "doc_lengths": doc_lengths.reshape(docs.shape),
             "doc_rows": docs,
             "known": groups.known,
         }
-        return put_batch(self.mesh, self.packed(arrays)), stats
 
     def packed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A host batch, with its rollouts and documents in packs too."""
@@ -227,9 +228,10 @@ class RL:
             )
         return vectors
 
-    def _keep_samples(self, groups: Groups, grouped: np.ndarray) -> None:
+    def _keep_samples(self, groups: Groups) -> None:
         """The best and the worst completion of the first four queries."""
         self._samples, done = [], groups.done
+        grouped = groups.rewards.astype(np.float32)
         for i, text in enumerate(self.queries[row] for row in groups.query[:4]):
             for j in (int(grouped[i].argmax()), int(grouped[i].argmin())):
                 thought = self.chat.tokenizer.decode(done.tokens[i, j, : done.lengths[i, j] - 1])

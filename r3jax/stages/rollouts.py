@@ -168,21 +168,24 @@ class Collector:
 
     def _sample(self, params, prompts, lengths, ids, step: int, number: int):
         """Completions of one round; the key is folded from seed, step and round, so a resume repeats it."""
-        t = self.chat.tokenizer
         key = jax.random.fold_in(self._key, everywhere(self.mesh, np.int32(step)))
         if number:
             key = jax.random.fold_in(key, everywhere(self.mesh, np.int32(number)))
-        return sample(
-            params,
-            *put_batch(self.mesh, own_rows(self.mesh, (prompts, lengths, ids))),
-            key,
-            config=self.model,
-            group=self.group,
-            max_new=self.max_new,
-            temperature=self.temperature,
-            embed_id=t.embed_id,
-            stop_ids=(t.im_end_id, t.pad_id),
-        )
+        batch = put_batch(self.mesh, own_rows(self.mesh, (prompts, lengths, ids)))
+        return sample(params, *batch, key, **self.sampling)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What `sample` is compiled for."""
+        t = self.chat.tokenizer
+        return {
+            "config": self.model,
+            "group": self.group,
+            "max_new": self.max_new,
+            "temperature": self.temperature,
+            "embed_id": t.embed_id,
+            "stop_ids": (t.im_end_id, t.pad_id),
+        }
 
     def _measured(self, groups: Groups) -> dict[str, Any]:
         """Rewards, of the groups that were not dropped, and lengths."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from r3jax.errors import UserError
 from r3jax.rl.environment import Encode, Environment, RefreshConfig, Rollouts
 from r3jax.search.index import VersionedIndex
 
@@ -47,9 +48,7 @@ class Shadowed:
     def __init__(self, real: Environment, cells: list[Cell], *, steps: int, rollouts: int, file: pathlib.Path):
         if real.refresh.policy != "full":
             raise ValueError(f"real must have the policy full, not {real.refresh.policy!r}: its vectors are the truth")
-        if not isinstance(real.index, VersionedIndex):
-            raise UserError("a study is made by one process; start one.")
-        self._real, self._index, self._file, self._steps = real, real.index, file, steps
+        self._real, self._file, self._steps = real, file, steps
         self._shadows = [self._shadow(cell) for cell in cells]
         # As long as the run from the start: a checkpoint cannot hold an empty array.
         self._rewards = np.full((steps, 1 + len(cells), rollouts), np.nan, np.float32)
@@ -59,8 +58,13 @@ class Shadowed:
         real = self._real
         budget = int(cell.budget * len(real.index))
         refresh: RefreshConfig = dataclasses.replace(real.refresh, policy=cell.policy, budget=budget)
-        index = VersionedIndex.build(self._index.vectors, 0, "exact")
+        index = VersionedIndex.build(self._vectors(), 0, "exact")
         return Environment(index, real.reward_config, refresh, probes=0, seed=0)
+
+    def _vectors(self) -> np.ndarray:
+        if not isinstance(self._real.index, VersionedIndex):
+            raise UserError("a study looks at all vectors of its index; start one process.")
+        return self._real.index.vectors
 
     @property
     def terms(self) -> dict[str, np.ndarray]:
@@ -72,7 +76,7 @@ class Shadowed:
         """As `Environment.score`; the shadows' rewards are kept, not returned."""
         rewards, stats = self._real.score(rollouts, encode, step, rounds)
         start = time.perf_counter()
-        fresh = self._index.vectors
+        fresh = self._vectors()
         self._rewards[step - 1, 0] = rewards
         for i, shadow in enumerate(self._shadows):
             self._rewards[step - 1, 1 + i], own = shadow.score(rollouts, fresh.__getitem__, step)

@@ -1,5 +1,6 @@
 """A disk that fills while a checkpoint or an encoding is written: one sentence, nothing lost, on it goes with room."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -44,7 +45,8 @@ def fill_when(there, disk: pathlib.Path, leave: int) -> None:
     def wait():
         while not there():
             time.sleep(0.01)
-        fill(disk, leave)
+        with contextlib.suppress(OSError):  # the run took some of it meanwhile
+            fill(disk, leave)
 
     threading.Thread(target=wait, daemon=True).start()
 

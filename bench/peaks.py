@@ -1,0 +1,93 @@
+"""What this machine can do at most, measured: python -m bench.peaks
+
+Operations per second of a float32 matrix product, the best of numpy's, jax's and torch's (whichever are installed, two
+sizes); bytes per second, read and written, of a copy of 256 MiB. Every other benchmark states its share of these.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+SIZES = (2048, 4096)
+REPEATS = 7
+
+
+def best(work: Callable[[], object]) -> float:
+    """Seconds of the quickest of REPEATS runs."""
+    seconds = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def products() -> dict[str, float]:
+    """Operations per second of a product of square matrices, by library; the better size."""
+    found: dict[str, float] = {}
+
+    def note(name: str, size: int, work: Callable[[], object]) -> None:
+        work()
+        found[name] = max(found.get(name, 0.0), 2 * size**3 / best(work))
+
+    for size in SIZES:
+        a = np.random.default_rng(0).random((size, size), np.float32)
+        note("numpy", size, lambda a=a: a @ a)
+        if importlib.util.find_spec("torch"):
+            import torch
+
+            b = torch.from_numpy(a)
+            note("torch", size, lambda b=b: b @ b)
+        if importlib.util.find_spec("jax"):
+            import jax
+            import jax.numpy as jnp
+
+            c, multiply = jnp.asarray(a), jax.jit(jnp.matmul)
+            note("jax", size, lambda c=c, f=multiply: f(c, c).block_until_ready())
+    return found
+
+
+def copy() -> float:
+    """Bytes per second, each counted where it is read and where it is written."""
+    source = np.ones(2**26, np.float32)
+    target = np.zeros_like(source)
+    return 2 * source.nbytes / best(lambda: np.copyto(target, source))
+
+
+def measure() -> dict:
+    """The peaks, measured in a process of their own: {"product", "by", "copy"}."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.peaks", "--json"], env=env, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def device() -> str:
+    """The processor's name and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def sentence(found: dict) -> str:
+    """The peaks in words."""
+    each = ", ".join(f"{name} {x / 1e9:,.0f}" for name, x in found["by"].items())
+    return (
+        f"{device()}, {time.strftime('%Y-%m-%d')}: {found['product'] / 1e9:,.0f} GFLOP/s in a float32 matrix product "
+        f"({each}), {found['copy'] / 1e9:.1f} GB/s read and written in a copy."
+    )
+
+
+if __name__ == "__main__":
+    by = products()
+    result = {"product": max(by.values()), "by": by, "copy": copy()}
+    print(json.dumps(result) if "--json" in sys.argv else sentence(result))

@@ -1,0 +1,128 @@
+"""The programs of a run, on abstract arrays: the functions that training jits, at the largest shapes that it meets.
+
+Nothing is computed and no weight exists. Rows are as long as the config lets them be, so memory is an upper bound and
+time is that of a step without a short row.
+
+Axes: B queries or prompts, G samples per prompt, T new tokens, W prompt width.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from r3jax.model.encoder import bucket_of, embed_jit
+from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.sampler import Completions, sample
+from r3jax.model.sharding import BATCH, batch_parts
+from r3jax.stages.rl import RL
+from r3jax.stages.rollouts import Groups
+from r3jax.stages.sft import SFT
+from r3jax.stages.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with abstract arguments.
+
+    Attributes:
+      read, trained, written: tokens of a call, over all devices: read forward only, read and trained on, sampled.
+      cache: bytes of keys and values on one device.
+      trips: of the loop whose length only a run knows (decoding), at most; 1 where there is none.
+    """
+
+    name: str
+    function: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    read: int = 0
+    trained: int = 0
+    written: int = 0
+    trips: int = 1
+    cache: float = 0.0
+
+    def lower(self, mesh: Mesh) -> jax.stages.Lowered:
+        with jax.set_mesh(mesh):
+            return self.function.lower(*self.args, **self.kwargs)
+
+
+def supervised(stage: SFT, state: TrainState, mesh: Mesh, transform, record: dict, rows: int) -> Program:
+    """The step of stage 1 on a batch of `rows` such records; `transform` is the stage's own."""
+    row = transform(record, np.random.default_rng(0))
+    stage.mesh = mesh  # the host's packing asks it for the number of shards
+    batch = stage.packed({name: np.stack([value] * rows) for name, value in row.items()})
+    tokens = sum(int(batch[name].sum()) for name in ("direct_length", "reasoned_length", "doc_lengths"))
+    return Program("SFT step", stage.update, (state, _abstract(batch, mesh)), {}, trained=tokens)
+
+
+def rollout(stage: RL, params, mesh: Mesh, rows: int) -> Program:
+    """Prefill and decoding of `rows` prompts with their groups."""
+    c = stage.collector
+    width = _prompt_width(stage)
+    prompts, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    whole = NamedSharding(mesh, P())
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
+    args = (params, *_abstract((prompts, lengths, lengths), mesh), key)
+    m = stage.model
+    slots = rows * (width + c.group * c.max_new)
+    cache = 2 * m.layers * slots * m.kv_heads * m.head_dim * jnp.dtype(m.compute_dtype).itemsize / mesh.size
+    return Program(
+        name="rollout",
+        function=sample,
+        args=args,
+        kwargs=c.sampling,
+        read=rows * width,
+        written=rows * c.group * c.max_new,
+        trips=c.max_new,
+        cache=cache,
+    )
+
+
+def policy_update(stage: RL, state: TrainState, mesh: Mesh, rows: int) -> Program:
+    """The step of stage 2 on `rows` prompts whose completions all reach the limit."""
+    c, stage.mesh = stage.collector, mesh
+    width = _prompt_width(stage)
+    shape = (rows, c.group)
+    full = np.full(shape, c.max_new, np.int32)
+    new = np.zeros((*shape, c.max_new), np.int32)
+    longest = stage.chat.reasoning_extra + stage.lengths.query
+    groups = Groups(
+        query=np.zeros(rows, np.int32),
+        known=np.zeros((rows, 1), np.int32),
+        prompts=np.zeros((rows, width), np.int32),
+        prompt_lengths=np.full(rows, longest, np.int32),
+        done=Completions(new, new.astype(np.float32), new > 0, full, full > 0, None),  # type: ignore[arg-type]
+        rewards=np.zeros(shape),
+        terms={},
+        negatives=np.zeros((rows, c.hard_negatives), np.int32),
+        dropped=np.zeros(rows, bool),
+    )
+    batch = stage.packed(stage.arrays(groups))
+    tokens = int(batch["lengths"].sum() + batch["doc_lengths"].sum())
+    return Program("policy update", stage.update, (state, _abstract(batch, mesh)), {}, trained=tokens)
+
+
+def encoding(model: ModelConfig, params, mesh: Mesh, rows: int, longest: int) -> Program:
+    """A batch of the corpus, every document `longest` tokens with its chat."""
+    rows = -(-rows // batch_parts(mesh)) * batch_parts(mesh)
+    tokens, lengths = np.zeros((rows, bucket_of(longest)), np.int32), np.zeros(rows, np.int32)
+    args = _abstract({"tokens": tokens, "lengths": lengths}, mesh)
+    return Program("encoding", embed_jit, (params,), args | {"config": model}, read=rows * longest)
+
+
+def _prompt_width(stage: RL) -> int:
+    return bucket_of(stage.chat.reasoning_extra + stage.lengths.query)
+
+
+def _abstract(batch, mesh: Mesh):
+    """Host arrays as `put_batch` would place them."""
+
+    def leaf(x):
+        sharding = NamedSharding(mesh, P(BATCH, *[None] * (x.ndim - 1)))
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=sharding)
+
+    return jax.tree.map(leaf, batch)

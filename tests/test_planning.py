@@ -1,0 +1,330 @@
+"""The plan's parts: costs read from compiled programs, roofline, names of topologies, and the smallest plan of all."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs.base import QWEN2_5
+from r3jax import plan
+from r3jax.errors import UserError
+from r3jax.model.qwen2 import ModelConfig
+from r3jax.model.sharding import make_mesh
+from r3jax.planning import hlo, roofline, search, topologies
+from r3jax.planning.compiled import _short
+
+ROOT = pathlib.Path(__file__).parent.parent
+FIELDS = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied")
+DEPTH, ROWS, WIDTH = 12, 32, 64
+
+
+def shape(size: str) -> ModelConfig:
+    return ModelConfig(**dict(zip(FIELDS, QWEN2_5[f"qwen2_5_{size}"], strict=True)))
+
+
+def layers(unroll: int):
+    """A stack of matrices, as the decoder scans its layers."""
+
+    def run(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights, unroll=unroll)[0]
+
+    shapes = jax.ShapeDtypeStruct((DEPTH, WIDTH, WIDTH), jnp.float32), jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+    return jax.jit(run).lower(*shapes).compile()
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    """XLA counts its body once; unrolled it counts right, and so does the HLO's own sum, both ways."""
+    want = 2 * DEPTH * ROWS * WIDTH * WIDTH
+    loop, flat = layers(1), layers(DEPTH)
+    assert loop.cost_analysis()["flops"] < want / 4 < want <= flat.cost_analysis()["flops"] < 1.1 * want
+    looped, unrolled = (hlo.analyse(program.as_text(), 1) for program in (loop, flat))
+    assert looped.flops == unrolled.flops == want
+    assert unrolled.bytes == flat.cost_analysis()["bytes accessed"]
+    # A layer reads its own weights, not the stack.
+    assert unrolled.bytes <= looped.bytes < 1.1 * unrolled.bytes
+
+
+def test_a_loop_that_only_a_run_ends():
+    def run(x):
+        return jax.lax.while_loop(lambda s: (s[0] < 9) & (s[1].sum() < 5), lambda s: (s[0] + 1, s[1] @ s[1]), (0, x))
+
+    code = jax.jit(run).lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile().as_text()
+    one = 2 * 16**3
+    assert [hlo.analyse(code, 1, trips).flops for trips in (0, 1, 9)] == [0, one, 9 * one]
+
+
+def test_collectives_in_a_loop():
+    """Weights gathered in each layer, a batch's loss reduced: bytes by hand."""
+    mesh = make_mesh(2, 4, 1)
+
+    def run(weights, x):
+        def layer(x, w):
+            return jnp.einsum("nd,df->nf", x, jax.reshard(w, P(None, None)), out_sharding=P("data", None)), None
+
+        return (jax.lax.scan(layer, x, weights)[0] ** 2).sum()
+
+    def abstract(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        args = abstract((DEPTH, WIDTH, WIDTH), P(None, "fsdp", None)), abstract((ROWS, WIDTH), P("data", None))
+        costs = hlo.analyse(jax.jit(run).lower(*args).compile().as_text(), 8)
+    assert costs.flops == 2 * DEPTH * (ROWS / 2) * WIDTH**2
+    found = {(c.kind, c.group): c for c in costs.collectives}
+    gather = found["all-gather", 4]
+    part = 4 * WIDTH * WIDTH / 4
+    assert (gather.count, gather.operand_bytes, gather.wire_bytes) == (DEPTH, DEPTH * part, DEPTH * part * 3)
+    assert gather.spread == 3  # neighbours: the mesh's order is data, fsdp
+    reduce = found["all-reduce", 2]
+    assert (reduce.count, reduce.operand_bytes, reduce.wire_bytes, reduce.spread) == (1, 4, 4, 4)
+
+
+# What the TPU compiler writes, cut from the stage-1 step of a 0.5B model on v5e:4x4; no TPU compiler is needed here.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%start (p.0: bf16[56,64]) -> (bf16[56,64], bf16[896,64]) {
+  %p.0 = bf16[56,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-gather.1 = bf16[896,64]{1,0} all-gather(%p.0), channel_id=7, replica_groups=mesh['a'=2,'b'=16] {'b'}
+  ROOT %t = (bf16[56,64]{1,0:S(1)}, bf16[896,64]{1,0:T(8,128)(2,1)}) tuple(%p.0, %all-gather.1)
+}
+
+%async_collective_fusion.1 (p.1: bf16[56,64], p.2: bf16[896,64]) -> (bf16[896,64], f32[2,64,7,512]) {
+  %p.1 = bf16[56,64]{1,0:S(1)} parameter(0)
+  %p.2 = bf16[896,64]{1,0} parameter(1)
+  %all-gather.2 = bf16[896,64]{1,0} all-gather(%p.1), channel_id=7, replica_groups=mesh['a'=2,'b'=16] {'b'}
+  ROOT %t.1 = (bf16[896,64]{1,0}) tuple(%all-gather.2)
+}
+
+%body (s: (s32[], bf16[56,64])) -> (s32[], bf16[56,64]) {
+  %s = (s32[]{:T(128)}, bf16[56,64]{1,0:S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %x = bf16[56,64]{1,0:S(1)} get-tuple-element(%s), index=1
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)S(6)} add(%i, %one)
+  %started = (bf16[56,64]{1,0:S(1)}, bf16[896,64]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %whole = bf16[896,64]{1,0} get-tuple-element(%started), index=1
+  %meanwhile = (bf16[896,64]{1,0}) fusion(%x, %whole), kind=kCustom, calls=%async_collective_fusion.1
+  ROOT %out = (s32[]{:T(128)}, bf16[56,64]{1,0:S(1)}) tuple(%next, %x)
+}
+
+%condition (s.1: (s32[], bf16[56,64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(24)
+  %s.1 = (s32[]{:T(128)}, bf16[56,64]{1,0:S(1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[56,64]) -> bf16[56,64] {
+  %a = bf16[56,64]{1,0:S(1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %begin = (s32[]{:T(128)}, /*index=1*/bf16[56,64]{1,0:S(1)}) tuple(%zero, %a)
+  %loop = (s32[]{:T(128)}, bf16[56,64]{1,0:S(1)}) while(%begin), condition=%condition, body=%body
+  ROOT %b = bf16[56,64]{1,0:S(1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_what_the_tpu_compiler_writes():
+    """No trip counts, meshes as groups, one collective in several fusions, on-chip memory in layouts."""
+    costs = hlo.analyse(TPU, 32)
+    (gather,) = costs.collectives
+    assert (gather.kind, gather.group, gather.spread, gather.count) == ("all-gather", 16, 15, 24)
+    assert gather.operand_bytes == 24 * 56 * 64 * 2 and gather.wire_bytes == 15 * gather.operand_bytes
+    assert costs.bytes == pytest.approx(24 * 896 * 64 * 2, rel=0.01)  # the gathered whole is written once a round
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "line", "want"),
+    [
+        ("512,896", "896,128", "bf16[512,128] convolution(%a, %b), dim_labels=bf_io->bf", 512 * 896 * 128),
+        # A batch of 2 and 7 heads that share a key: spatial dimensions with holes and padding.
+        (
+            "512,2,64,1",
+            "512,2,7,64",
+            "bf16[2,512,512,7] convolution(%a, %b), window={size=2x7 pad=0_0x6_6 lhs_dilate=2x1 rhs_reversal=0x1}, "
+            "dim_labels=b0f1_o01i->0bf1",
+            2 * 7 * 512 * 512 * 64,
+        ),
+        ("5,3", "3,4", "f32[5,4] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 60),
+    ],
+)
+def test_matrix_products(left, right, line, want):
+    text = f"ENTRY %m (a: f32[1]) -> f32[1] {{\n  %a = f32[{left}]{{0}} parameter(0)\n"
+    text += f"  %b = f32[{right}]{{0}} parameter(1)\n  ROOT %c = {line}\n}}\n"
+    assert hlo.analyse(text, 1).flops == 2 * want
+
+
+@pytest.mark.parametrize(
+    ("text", "group", "spread"),
+    [
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2, 4),
+        ("replica_groups=[2,4]<=[8]", 4, 3),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, 4),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x'}", 2, 4),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x','y'}", 8, 7),
+        ("replica_groups=mesh['x'=2,'y'=4] {'y':(1)2}", 2, 2),
+        ("replica_groups=mesh['x'=2,'y'=4] {'y':(2)2}", 2, 1),
+        ("replica_groups=mesh['x'=4,'y'=1,'z'=2], device_ids=([2,4]T(1,0)) {'x'}", 4, 3),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=(0,3,1,2) {'y'}", 2, 3),
+        ("", 8, 7),
+    ],
+)
+def test_groups(text, group, spread):
+    code = "ENTRY %m (a: f32[6]) -> f32[6] {\n  %a = f32[6]{0} parameter(0)\n"
+    code += f"  ROOT %r = f32[6]{{0}} all-reduce(%a), channel_id=1, {text}, to_apply=%add\n}}\n"
+    (found,) = hlo.analyse(code, 8).collectives
+    assert (found.group, found.spread, found.operand_bytes) == (group, spread, 24)
+    assert found.wire_bytes == pytest.approx(2 * 24 * (group - 1) / group)
+
+
+def test_roofline():
+    """The slowest decides; beyond a host the slower network."""
+    near, far = (hlo.Collective("all-gather", n, n - 1, 1, 1, 1e9) for n in (8, 16))
+    tpu, gpu = topologies.CHIPS["v5e"], topologies.CHIPS["h100"]
+    times = roofline.times(hlo.Costs(197e12, 819e9 / 2, (near, far)), tpu)
+    assert (times.arithmetic, times.memory, times.network) == (1, 0.5, 2e9 / 200e9)
+    assert (times.limit, times.overlapped, times.added) == ("arithmetic", 1, 1.51)
+    times = roofline.times(hlo.Costs(0, 0, (near, far)), gpu)
+    assert times.network == 1e9 / 450e9 + 1e9 / 50e9 and times.limit == "network"
+    assert roofline.utilisation(98.5e12, 2, tpu) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "chips"),
+    [
+        ("v5e:16x16", "v5e:16x16", 256),
+        ("v5e-16", "v5e:4x4", 16),
+        ("v6e-256", "v6e:16x16", 256),
+        ("v5p-128", "v5p:4x4x4", 64),
+        ("v5p:2x2x2", "v5p:2x2x2", 8),
+        ("h100:32", "h100:32", 32),
+    ],
+)
+def test_topologies(text, name, chips):
+    found = topologies.read(text)
+    assert (found.name, found.chips) == (name, chips)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("v7x:4x4", "must be one of v5e"),
+        ("pod", "must be one of v5e"),
+        ("v5e:16", "no size of v5e"),
+        ("v5e-17", "no size of v5e"),
+        ("v5e:4x4x4", "takes a shape such as 4x4"),
+        ("v5p:4x4", "takes a shape such as 2x2x4"),
+        ("v5e:32x32", "not between 1 chip and v5e:16x16"),
+        ("h100:0", "not between 1 chip and h100:4096"),
+        ("h100:2x4", "takes a number of processors"),
+    ],
+)
+def test_topologies_that_are_none(text, said):
+    with pytest.raises(UserError, match=said):
+        plan.main(["--config=configs/rl.py", f"--topology={text}"])
+
+
+def test_no_memory_is_told_from_other_complaints():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.75G hbm. "
+    assert _short(said + "Exceeded hbm capacity by 4.36G.") == 4.36 * 2**30
+    assert _short("INTERNAL: something else") is None
+
+
+def test_the_order_of_trials():
+    """No tensor axis where none is needed; a model that no mesh holds has none; chunks divide the rows."""
+    small, large = shape("0_5b"), shape("72b")
+    memory = topologies.CHIPS["v5e"].memory
+    assert next(search.meshes(small, 16, memory, 20)) == (8, 2, 1)
+    assert list(search.meshes(large, 16, memory, 20)) == []
+    assert next(search.meshes(large, 256, memory, 20)) == (1, 256, 1)
+    assert search.weights(small) == 494_032_768  # as transformers counts them
+    counts = [search.chunks(small, 16, 16 * 1300, left, 1) for left in (1e12, 3e9, 1e9)]
+    assert counts[0] == 1 < counts[1] <= counts[2] == 16
+
+
+def planned(words, capsys):
+    capsys.readouterr()
+    plan.main(words)
+    return capsys.readouterr().out
+
+
+def test_a_plan_for_graphics_processors(capsys, monkeypatch, tmp_path):
+    """The whole verb, on fake devices: bytes by hand, the mesh it suggests, and what it remembers."""
+    monkeypatch.setattr(plan, "CACHE", tmp_path)
+    words = ["--config=configs/sft.py", "--topology=h100:8", "--config.model.layers=1", "--config.sft.batch_size=24"]
+    found = json.loads(planned([*words, "--config.sft.kl_weight=0.1", "--json"], capsys))
+    assert "ESTIMATE" in found["basis"] and found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert [row["program"] for row in found["programs"]] == ["SFT step", "encoding"]
+    step, encoding = found["programs"]
+    config = ModelConfig(1, 128, 4, 2, 32, 512, 4096)
+    for row in (step, encoding):
+        memory = row["memory"]
+        assert memory["parameters"] == memory["reference"] == 4 * search.weights(config)
+        assert memory["optimiser"] == pytest.approx(8 * search.weights(config), rel=1e-4)
+        assert row["fits"] and row["total"] == sum(memory.values()) < row["limit"]
+    sent = {c["kind"]: c for c in step["parts"][0]["collectives"]}
+    # Each chip reduces the gradients of all weights at least once.
+    assert sent["all-reduce"]["operand_bytes"] >= 4 * search.weights(config)
+    # 32 rows of 40 tokens a chip: the layer's matrices (the table is looked up), scores and what they mix.
+    matrices = 128 * (2 * 128 + 2 * 64 + 3 * 512)
+    assert encoding["parts"][0]["flops"] == 2 * 32 * (40 * matrices + 2 * 40 * 40 * 128)
+    assert len(list(tmp_path.iterdir())) == 2
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: pytest.fail("compiled again"))
+    said = planned([*words, "--config.sft.kl_weight=0.1"], capsys)
+    assert "SFT step: 0." in said and "fits" in said
+    assert "use: --config.mesh.data=8 --config.mesh.fsdp=1 --config.mesh.tensor=1 --config.sft.chunks=1" in said
+
+
+def test_a_model_that_no_mesh_holds(capsys, monkeypatch, tmp_path):
+    """Nothing is compiled; the bytes that lack are said."""
+    monkeypatch.setattr(plan, "CACHE", tmp_path)
+    words = ["--config=configs/sft.py:qwen2_5_72b", "--topology=h100:8", "--json"]
+    (row,) = json.loads(planned(words, capsys))["programs"]
+    assert not row["fits"] and not list(tmp_path.iterdir())
+    assert row["total"] == pytest.approx(search.weights(shape("72b")) * 20 / 8, rel=0.01)
+    assert f"{row['total'] - row['limit']:,.0f} bytes too many" in planned(words[:2], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--topology is missing"),
+        (["--topology=h100:8", "--config.mesh.fsdp=3"], "does not multiply to the 8 devices"),
+        (["--topology=h100:4096"], "needs 4096 fake devices, there are 8"),
+    ],
+)
+def test_mistakes(words, said):
+    with pytest.raises(UserError, match=said):
+        plan.main(["--config=configs/sft.py", *words])
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler():
+    """A plan for a slice of four, by the TPU compiler, without a TPU (`make plan-deps` brings the compiler)."""
+    words = ["--config=configs/rl.py", "--topology=v5e:2x2", "--config.model.layers=1", "--json"]
+    command = [sys.executable, "-m", "r3jax.plan", *words]
+    paths = os.pathsep.join([str(ROOT / ".venv" / "libtpu"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    names = [part["name"] for row in found["programs"] for part in row["parts"]]
+    assert names == ["SFT step", "prefill", "decoding, a token", "policy update", "encoding"]
+    assert all(row["fits"] for row in found["programs"]) and found["basis"].startswith("compiled by the TPU compiler")
+    step = found["programs"][0]["parts"][0]
+    assert step["flops"] > 0 and step["seconds"]["overlapped"] > 0 and 0 < step["mfu"][0] <= step["mfu"][1] < 1
+
+
+def test_no_import_chooses_devices():
+    """Fake devices, and a cluster's processes, must be asked for before JAX first looks for devices."""
+    code = "import r3jax.plan, jax\nassert not jax._src.xla_bridge._backends"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
