@@ -200,7 +200,7 @@ class RL:
         return batch
 
     def consumed(self) -> list[int]:
-        return self._collector.consumed
+        return self.collector.consumed
 
     def samples(self) -> list[dict]:
         return self._samples
