@@ -19,9 +19,6 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 if ((gpus)); then
   # shellcheck source=launch/env_gpu.sh
   . "$here/launch/env_gpu.sh"
-elif compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
-  # shellcheck source=launch/env_tpu.sh
-  . "$here/launch/env_tpu.sh"
 fi
 ((count == 1)) && exec "$python" -m r3jax "$@"
 

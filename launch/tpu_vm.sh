@@ -53,7 +53,7 @@ run)
   code=75
   while ((code == 75)); do
     code=0
-    everywhere "cd r3jax && . launch/env_tpu.sh && exec .venv/bin/python -m r3jax $words" || code=$?
+    everywhere "cd r3jax && exec .venv/bin/python -m r3jax $words" || code=$?
   done
   exit "$code"
   ;;

@@ -191,31 +191,24 @@ def dropped(given, known, path="") -> list[str]:
     return [] if given == known else [path]
 
 
-def flags_of(file: str, variable: str) -> list[str]:
-    said = subprocess.run(
-        ["bash", "-c", f'unset {variable}; . launch/{file}; echo "${variable}"'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return said.stdout.split()
+def gpu_flags(own: str = "") -> list[str]:
+    script = '. launch/env_gpu.sh; echo "$XLA_FLAGS"'
+    env = os.environ | {"XLA_FLAGS": own}
+    return subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True).stdout.split()
 
 
-def test_the_pinned_jaxlib_knows_every_gpu_flag():
-    flags = flags_of("env_gpu.sh", "XLA_FLAGS")
-    assert flags
-    for given, known in ((flags, True), ([*flags, "--xla_gpu_no_such_flag=true"], False)):
-        env = os.environ | {"XLA_FLAGS": " ".join(given), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(
-            [sys.executable, "-c", "import jax; jax.devices()"], env=env, capture_output=True, text=True
-        )
+def test_the_pinned_jaxlib_knows_every_flag_and_has_other_defaults(tmp_path):
+    for more, known in (([], True), (["--xla_gpu_no_such_flag=true"], False)):
+        flags = [*gpu_flags(), f"--xla_dump_to={tmp_path}", *more]
+        env = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+        script = "import jax; jax.jit(lambda x: x + 1)(1.0)"
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
         assert (done.returncode == 0) == known, done.stderr
+    (changed,) = tmp_path.glob("*.debug_options")  # what is not as XLA has it by itself
+    for flag in gpu_flags():
+        assert flag.removeprefix("--").replace("=", ": ") in changed.read_text().splitlines()
 
 
 def test_flags_of_the_user_win():
-    script = ". launch/env_gpu.sh; . launch/env_tpu.sh; echo $XLA_FLAGS; echo $LIBTPU_INIT_ARGS"
-    env = os.environ | {"XLA_FLAGS": "--mine", "LIBTPU_INIT_ARGS": "--yours"}
-    said = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True).stdout
-    gpu, tpu = said.splitlines()
-    assert gpu.endswith(" --mine") and tpu.endswith(" --yours")
-    assert all(flag.startswith("--xla_") for flag in [*gpu.split()[:-1], *tpu.split()[:-1]])
+    flags = gpu_flags("--mine=1")
+    assert len(flags) > 1 and flags[-1] == "--mine=1"

@@ -31,8 +31,8 @@ SHORT = {
     "data__eval_splits": "unseen",
 }
 TIMES = ("time", "seconds", "tokens_per_second")
-# A document that is as urgent as another but for rounding may be encoded in its place, or stand in its rank.
-DISCRETE = ("index/age", "index/sigma", "index/probe")
+# A document that is as urgent or as near as another but for rounding may be encoded in its place, or stand in its rank.
+DISCRETE = ("index/age", "index/sigma", "index/probe", "probe/stale_recall")
 
 
 def processes_of(argv: list[str], count: int, devices: int) -> list[subprocess.Popen]:
