@@ -81,8 +81,8 @@ def close(folder, run: str, other: str) -> None:
         elif not key[2].startswith(DISCRETE):
             np.testing.assert_allclose(metrics[key], value, rtol=2e-3, atol=2e-5, err_msg=f"{run} {key}")
     for key, value in results.items():
-        found = np.array([scores[key], value], float)  # of 20 queries
-        np.testing.assert_allclose(*found, atol=0.051 if "recall" in key[2] else 0.01, err_msg=f"{run} {key}")
+        found = np.array([scores[key], value], float)  # of 20 queries, of which one may find its document elsewhere
+        np.testing.assert_allclose(*found, rtol=0, atol=0.051, err_msg=f"{run} {key}")
 
 
 @pytest.mark.slow
