@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from r3jax import weights
+from r3jax import processes, weights
 from r3jax.data import beir, chats, store, thoughts
 from r3jax.errors import UserError
 from r3jax.model import lora
@@ -21,7 +21,7 @@ from r3jax.reader import OnRows, Reader, nobody
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
 from r3jax.run import fingerprint
-from r3jax.search.index import VersionedIndex
+from r3jax.search.sharded import build as build_index
 from r3jax.stages import rl, sft
 from r3jax.stages.ability import Ability
 from r3jax.stages.mining import bm25_neighbours
@@ -45,7 +45,8 @@ def claim(workdir: pathlib.Path, config: ConfigDict, accept: Collection[str] = (
         fingerprint.refuse_config(workdir, run_config.load_saved(path), config, accept)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        run_config.save(config, path)
+        if processes.leads():
+            run_config.save(config, path)
     except OSError as e:
         raise UserError(f"--workdir: cannot write to {workdir}: {e.strerror}; name another folder.") from None
     return begun
@@ -96,8 +97,10 @@ class Parts:
         found = self.dataset.thoughts
         if self.thinker is not None:
             found = thoughts.build(self.dataset, self.thinker, d.train_split)
-            thoughts.write(found, self.workdir / "thoughts.jsonl")
-        return store.training_source(self.dataset, d.train_split, pathlib.Path(d.cache), found)
+            if processes.leads():
+                thoughts.write(found, self.workdir / "thoughts.jsonl")
+        cache = pathlib.Path(d.cache)
+        return processes.in_turn(lambda first: store.training_source(self.dataset, d.train_split, cache, found))
 
     @functools.cached_property
     def most_positives(self) -> int:
@@ -137,8 +140,8 @@ class Parts:
         return sft.Lengths(d.max_query_tokens, d.max_doc_tokens, d.max_thought_tokens)
 
     def encode_corpus(self, params, on_rows: OnRows = nobody) -> np.ndarray:
-        """Unit vectors [N, D] of the whole corpus under `params`."""
-        return self.reader.encode(params, self.documents, on_rows)
+        """Unit vectors [N, D] of the corpus under `params`; of several processes, each one's share of the rows."""
+        return self.reader.encode(params, self.documents, on_rows, processes.here().share(len(self.documents)))
 
     def initial_params(self):
         """Random weights, or those that init_from names; UserError if they do not fit the config."""
@@ -170,7 +173,7 @@ def parts(
         raise UserError(
             f"config.rl.reward.k={config.rl.reward.k} must not exceed the {len(dataset.doc_ids)} documents of {d.path}."
         )
-    tokenizer = _tokenizer(config, workdir, dataset, begun)
+    tokenizer = processes.in_turn(lambda first: _tokenizer(config, workdir, dataset, begun or not first))
     chat = ChatFormat(tokenizer, Prompts(**config.prompts))
     return Parts(config, workdir, mesh, dataset, chat, weights.model_config(config, tokenizer))
 
@@ -310,10 +313,11 @@ def _rl(p: Parts, start) -> Stage:
     if start is not None:
         vectors = p.encode_corpus(start)
     else:  # a stand-in: the checkpoint brings the index
-        vectors = np.zeros((size, p.model.width), np.float32)
+        mine = processes.here().share(size)
+        vectors = np.zeros((mine.stop - mine.start, p.model.width), np.float32)
         vectors[:, 0] = 1
     kind = c.index.kind if start is not None else "exact"
-    index = VersionedIndex.build(vectors, 0, kind, tree_above=c.index.tree_above)
+    index = build_index(vectors, size, 0, kind, tree_above=c.index.tree_above)
     return rl.RL(
         source=p.source,
         queries=p.dataset.query_texts,

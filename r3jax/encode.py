@@ -18,9 +18,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.experimental import multihost_utils
 
-from r3jax.corpus.encoding import Processes, check_out, encode_corpus
+from r3jax import processes
+from r3jax.corpus.encoding import check_out, encode_corpus
 from r3jax.corpus.identity import identity
 from r3jax.data.documents import Documents
 from r3jax.model.hub import local_folder
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     source, data, out = given.words
     dtype = given.choice("dtype", ("float32", "float16"), "float32")
     max_length, batch_size = given.whole("max-length"), given.whole("batch-size")
+    processes.connect()
     on_error = given.choice("on-error", ("strict", "skip"), "strict")
     documents, prompt = Documents(data, on_error=on_error), given.flags["prompt"]
     check_out(pathlib.Path(out))
@@ -71,22 +72,15 @@ def main(argv: list[str]) -> None:
         reader.model.width,
         dtype,
         progress,
-        processes(),
+        processes.here(),
     )
-    if jax.process_index() == 0:
+    if processes.leads():
         cut = manifest["truncated"]
         read = f"; {cut:,} were longer than {manifest['max_length']} tokens and were cut" if cut else ""
         if manifest.get("skipped"):
             why = f"; the first: {documents.first_skipped}" if documents.first_skipped else ""
             print(f"warning: lines left out: {manifest['skipped']:,}{why}", file=sys.stderr)
         print(f"{out}: {manifest['documents']:,} documents, {manifest['width']} dimensions, {dtype}{read}")
-
-
-def processes() -> Processes:
-    """This process among those that jax knows of; each encodes its shards on its own devices."""
-    if jax.process_count() == 1:
-        return Processes()
-    return Processes(jax.process_index(), jax.process_count(), multihost_utils.sync_global_devices)
 
 
 if __name__ == "__main__":

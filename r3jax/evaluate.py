@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from r3jax import assembly, weights
+from r3jax import assembly, processes, weights
 from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.model.hub import local_folder
@@ -63,6 +63,7 @@ class Task:
 
 
 def main(argv: list[str]) -> None:
+    processes.connect()
     if not argv or argv[0].startswith("-"):
         of_run(argv)
     elif weights.is_run(argv[0]):
@@ -123,7 +124,9 @@ def of_published(source: str, argv: list[str]) -> None:
 
     def task(path: str, dataset: beir.Dataset) -> Task:
         rows = model.reader.chat.documents(dataset.doc_texts, model.max_document)
-        return Task(dataset, path, model.reader, lambda params, on_rows: model.reader.encode(params, rows, on_rows))
+        share = processes.here().share(len(rows))
+        encode = model.reader.encode
+        return Task(dataset, path, model.reader, lambda params, on_rows: encode(params, rows, on_rows, share))
 
     tasks = [task(*given) for given in sets]
     splits = tuple(dict.fromkeys(flags["split"].split(",")))
@@ -168,6 +171,8 @@ def measure(
         found = compare(task.dataset, splits, [model], task.reader, task.encode_corpus, out, conditions)
         results = {"name": title, "data": task.dataset.name, "source": str(pathlib.Path(task.source).absolute())}
         results |= found
+        if not processes.leads():
+            continue
         (out / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
         show(results, style, several=len(tasks) > 1)
         print(f"results: {out}", file=sys.stdout if style == "text" else sys.stderr)

@@ -21,7 +21,7 @@ from r3jax.run.guard import CollapseGuard, SkipGuard
 from r3jax.run.log import RunLog
 from r3jax.run.peers import Peers
 from r3jax.run.stop import Stop
-from r3jax.search.index import VersionedIndex
+from r3jax.search.sharded import build as build_index
 from r3jax.stages.state import Stage, TrainState
 
 
@@ -181,7 +181,7 @@ def report(
 
 def validate(params, parts: Parts) -> dict[str, float]:
     """nDCG@10 on the validation split, without and with reasoning, and the general-ability check."""
-    index = VersionedIndex.build(parts.encode_corpus(params), 0, "exact")
+    index = build_index(parts.encode_corpus(params), len(parts.documents), 0, "exact")
     split = parts.config.data.validation_split
     found = evaluate(parts.reader, params, parts.dataset, split, index, ("direct", "reasoning"))
     scores = {f"ndcg@10/{name}": float(m.summary["ndcg@10"]) for name, m in found.items()}

@@ -13,7 +13,7 @@ import numpy as np
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sampler import advance, begin, sample, unstacked
-from r3jax.model.sharding import batch_parts, put_batch
+from r3jax.model.sharding import batch_parts, own_rows, put_batch, to_host
 from r3jax.text.prompts import ChatFormat
 
 TEMPERATURE = 0.7  # of sampled thoughts
@@ -132,9 +132,9 @@ class Reader:
                 *pad([prompts[i] for i in filled], self.prompt_width(len(prompts[chosen[-1]]))),
                 filled.astype(np.int32),
             )
-            tokens, ends, ids = put_batch(self.mesh, batch)
+            tokens, ends, ids = put_batch(self.mesh, own_rows(self.mesh, batch))
             with jax.set_mesh(self.mesh):
-                done = jax.device_get(
+                done = to_host(
                     sample(
                         params,
                         tokens,
@@ -157,9 +157,9 @@ class Reader:
             on_rows(len(chosen))
         return thoughts, vectors, emitted
 
-    def encode(self, params, rows, on_rows: OnRows = nobody) -> np.ndarray:
+    def encode(self, params, rows, on_rows: OnRows = nobody, keep: slice = slice(None)) -> np.ndarray:
         """Unit vectors [N, D] of token rows that end with the embed token: `encode_rows`."""
-        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, on_rows=on_rows)
+        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, keep=keep, on_rows=on_rows)
 
     def prompt_width(self, longest: int) -> int:
         """The padded length of a batch of prompts: few, for each compiles a decoding loop."""

@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 
-from r3jax import assembly, weights
+from r3jax import assembly, processes, weights
 from r3jax.assembly import Parts
 from r3jax.errors import UserError
 from r3jax.loop import Guards, check_ability, run_stage
@@ -37,6 +37,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
     """Trains by a command line. make_stage: who makes the stages, for a study that watches one."""
     # Config
     parsed = run_config.parse(argv, "r3jax.train", fingerprint.FLAG, several=("accept",))
+    processes.connect()
     config, workdir = parsed.config, parsed.workdir
     accept = fingerprint.accepted(parsed.flags["accept"], config)
     quiet_libraries()
@@ -123,6 +124,8 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
                 yield name, params
 
         outcome = compare(parts.dataset, config.data.eval_splits, models(), parts.reader, parts.encode_corpus, workdir)
+        if not processes.leads():
+            return
         results = {"name": config.name, "seed": config.seed, "device": jax.devices()[0].device_kind} | outcome
         if "rl" in plan:
             results["refresh"] = refresh_figures(workdir / "metrics.jsonl", config.index.policy)

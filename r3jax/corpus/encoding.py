@@ -29,6 +29,7 @@ from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.manifest import refuse_to_mix
 from r3jax.data.documents import Documents
 from r3jax.errors import UserError
+from r3jax.processes import Processes
 from r3jax.search.checks import UNIT_TOLERANCE
 
 MANIFEST, VECTORS, PROGRESS, BEGUN = "manifest.json", "vectors.npy", "progress", "begun.json"
@@ -38,15 +39,6 @@ FORMAT = 1
 
 # Texts to their vectors [n, D], and how many of the texts were cut; calls the function with each number just read.
 Encode = Callable[[Sequence[str], Callable[[int], None]], tuple[np.ndarray, int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """Who shares the work: this process, how many there are, and a function that waits for all of them."""
-
-    index: int = 0
-    count: int = 1
-    wait: Callable[[str], None] = lambda what: None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from r3jax.model.qwen2 import ModelConfig, hidden_states
-from r3jax.model.sharding import BATCH, batch_parts, place, put_batch
+from r3jax.model.sharding import BATCH, batch_parts, own_rows, place, put_batch, to_host
 
 
 def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -63,30 +63,34 @@ def encode_rows(
     rows: Sequence[Sequence[int]],
     *,
     batch_size: int,
+    keep: slice = slice(None),
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray:
-    """Unit vectors [N, D] of tokenised rows, in their order.
+    """Unit vectors [N, D] of tokenised rows, in their order; with `keep`, those of a run of rows alone.
 
     Rows are grouped by length into a few padded shapes, so each shape compiles once. One batch is prepared
     while the device works on the last. Rows must not be empty. `on_rows` is called with each batch's number of rows.
+    All processes are given the same rows, and encode them together, whatever each of them keeps.
     """
     parts = batch_parts(mesh)
     batch_size = -(-batch_size // parts) * parts
     order = np.argsort([len(r) for r in rows], kind="stable")
     if len(order) and not len(rows[order[0]]):
         raise ValueError(f"rows: row {order[0]} is empty, so it has no last token")
-    result = np.empty((len(rows), config.width), np.float32)
+    first, last, _ = keep.indices(len(rows))
+    result = np.empty((last - first, config.width), np.float32)
     waiting: deque = deque()
 
     def fetch():
         chosen, vectors = waiting.popleft()
-        result[chosen] = jax.device_get(vectors)[: len(chosen)]
+        kept = (chosen >= first) & (chosen < last)
+        result[chosen[kept] - first] = to_host(vectors)[: len(chosen)][kept]
         on_rows(len(chosen))
 
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         padded = pad([rows[i] for i in chosen], bucket_of(len(rows[chosen[-1]])), batch_size)
-        tokens, lengths = put_batch(mesh, padded)
+        tokens, lengths = put_batch(mesh, own_rows(mesh, padded))
         with jax.set_mesh(mesh):
             vectors = embed_jit(params, tokens=tokens, lengths=lengths, config=config)
         waiting.append((chosen, vectors))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from r3jax.model.encoder import bucket_of, normalise
 from r3jax.model.qwen2 import Decoder, ModelConfig
 from r3jax.model.sharding import BATCH, out
+from r3jax.processes import gather
 
 
 def pack_length(longest: int) -> int:
@@ -106,12 +107,7 @@ def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, i
 
 def _largest(most: int) -> int:
     """The largest over all processes."""
-    if jax.process_count() == 1:
-        return most
-    from jax.experimental import multihost_utils
-
-    with jax.transfer_guard("allow"):  # the training loop's guard; this fetches its answer unasked
-        return int(multihost_utils.process_allgather(np.int32(most)).max())
+    return int(gather(np.array(most)).max())
 
 
 def packed_states(params, config: ModelConfig, packs: Packs, dropout: jax.Array | None = None) -> Float[Array, "N T D"]:

@@ -73,6 +73,43 @@ def batch_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def batch_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(i, n): this process's devices hold share i of n of every batch; where `tensor` spans processes, several do.
+
+    Raises UserError for a mesh on which the processes' shares are not of one size.
+    """
+    held = _held(mesh)
+    shares = sorted(set(held.values()))
+    if sum(map(len, shares)) != batch_parts(mesh) or len(set(map(len, shares))) > 1:
+        raise UserError(
+            "config.mesh: a process's devices must hold parts of the batch of their own; let mesh.tensor divide "
+            f"the {jax.local_device_count()} devices of a process, or be a multiple of them."
+        )
+    return shares.index(held[jax.process_index()]), len(shares)
+
+
+def _held(mesh: jax.sharding.Mesh) -> dict[int, tuple[int, ...]]:
+    """The parts of the batch that each process's devices hold."""
+    held: dict[int, set[int]] = {}
+    for part, devices in enumerate(mesh.devices.reshape(batch_parts(mesh), -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(part)
+    return {process: tuple(sorted(parts)) for process, parts in held.items()}
+
+
+def own_rows(mesh: jax.sharding.Mesh, batch):
+    """Of a whole batch (a pytree of numpy arrays), the rows that this process's devices hold: for `put_batch`."""
+    if jax.process_count() == 1:
+        return batch
+    parts = list(_held(mesh)[jax.process_index()])
+
+    def cut(x):
+        x = np.asarray(x)
+        return x.reshape(batch_parts(mesh), -1, *x.shape[1:])[parts].reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(cut, batch)
+
+
 def put_batch(mesh: jax.sharding.Mesh, batch):
     """This process's rows of a batch (a pytree of numpy arrays) as global arrays, split over the batch."""
 
@@ -81,4 +118,24 @@ def put_batch(mesh: jax.sharding.Mesh, batch):
         sharding = NamedSharding(mesh, P(BATCH, *([None] * (x.ndim - 1))))
         return jax.make_array_from_process_local_data(sharding, x)
 
-    return jax.tree.map(put, batch)
+    with jax.transfer_guard_host_to_device("allow"):  # meant, though jax takes it for unasked where processes share it
+        return jax.tree.map(put, batch)
+
+
+def everywhere(mesh: jax.sharding.Mesh, x) -> jax.Array:
+    """A host array, the same on every process, on every device."""
+    x = np.asarray(x)
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda index: x[index])
+
+
+def to_host(tree):
+    """Device arrays (a pytree), whole, as numpy arrays on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    places = jax.tree.map(lambda x: NamedSharding(x.sharding.mesh, P()), tree)
+    return jax.device_get(jax.jit(_same, out_shardings=places)(tree))
+
+
+def _same(tree):
+    return tree

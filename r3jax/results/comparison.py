@@ -11,12 +11,13 @@ from r3jax.data.beir import Dataset
 from r3jax.evaluation.bm25 import BM25
 from r3jax.evaluation.significance import paired_randomisation
 from r3jax.evaluation.trec import write_qrels, write_run
+from r3jax.processes import leads
 from r3jax.reader import OnRows, Reader
 from r3jax.results import cautions
 from r3jax.results.conditions import MODEL_CONDITIONS, Measured, bm25, evaluate
 from r3jax.results.examples import examples, thoughts_of, write_thoughts
 from r3jax.run.progress import progress
-from r3jax.search.index import VersionedIndex
+from r3jax.search.sharded import build as build_index
 
 METRIC = "ndcg@10"  # of the p-values
 EXAMPLES = 50
@@ -55,6 +56,7 @@ def compare(
 ) -> dict[str, Any]:
     """The `splits`, `p_values` and `warnings` of results.json; writes TREC files, thoughts and examples.
 
+    Of several processes all must ask, and process 0 writes.
     models: (name, params) in order; one named "untrained" is measured in direct mode only, one named "" gives
     conditions without a prefix. The last one's first queries become the page's examples.
     """
@@ -63,7 +65,7 @@ def compare(
     cards: list[dict] = []
     for name, params in models:
         with progress("encoding documents", len(dataset.doc_texts)) as on_rows:
-            index = VersionedIndex.build(encode_corpus(params, on_rows), 0, "exact")
+            index = build_index(encode_corpus(params, on_rows), len(dataset.doc_ids), 0, "exact")
         cards = []
         for split in splits:
             wanted = [c for c in conditions if c == "direct" or name != "untrained"]
@@ -77,14 +79,8 @@ def compare(
                 reasoned, direct = measured["reasoning"], measured["direct"]
                 count = EXAMPLES // len(splits)
                 cards += examples(dataset, split, thoughts_of(reasoned), reasoned.run, direct.run, count)
-    for split, by_label in found.items():
-        judged = {query: dataset.qrels[split][query] for query in dataset.positives(split)}
-        write_qrels(workdir / "trec" / f"{split}.qrels", judged)
-        for label, m in by_label.items():
-            write_run(workdir / "trec" / f"{split}.{label}.run", m.run, tag=f"r3jax-{label}")
-            if m.thoughts is not None:
-                write_thoughts(workdir / "thoughts" / f"{split}.{label}.jsonl", thoughts_of(m))
-    (workdir / "examples.json").write_text(json.dumps(cards, indent=1, ensure_ascii=False))
+    if leads():
+        _write(workdir, dataset, found, cards)
     return {
         "splits": {s: {label: m.summary for label, m in c.items()} for s, c in found.items()},
         "p_values": {s: p_values(c) for s, c in found.items()},
@@ -94,6 +90,18 @@ def compare(
             for s, c in found.items()
         },
     }
+
+
+def _write(workdir: pathlib.Path, dataset: Dataset, found: dict[str, dict[str, Measured]], cards: list[dict]) -> None:
+    """TREC runs and judgements, thoughts, and the page's examples."""
+    for split, by_label in found.items():
+        judged = {query: dataset.qrels[split][query] for query in dataset.positives(split)}
+        write_qrels(workdir / "trec" / f"{split}.qrels", judged)
+        for label, m in by_label.items():
+            write_run(workdir / "trec" / f"{split}.{label}.run", m.run, tag=f"r3jax-{label}")
+            if m.thoughts is not None:
+                write_thoughts(workdir / "thoughts" / f"{split}.{label}.jsonl", thoughts_of(m))
+    (workdir / "examples.json").write_text(json.dumps(cards, indent=1, ensure_ascii=False))
 
 
 def best_trained(found: Mapping[str, Measured]) -> str:

@@ -19,7 +19,7 @@ from r3jax.evaluation import metrics
 from r3jax.evaluation.bm25 import BM25
 from r3jax.reader import Reader
 from r3jax.run.progress import progress
-from r3jax.search.index import VersionedIndex
+from r3jax.search.sharded import Index
 
 DEPTH = 100  # documents returned per query
 MODEL_CONDITIONS = ("direct", "reasoning", "averaged", "empty", "shuffled", "copied")
@@ -57,7 +57,7 @@ def evaluate(
     params,
     dataset: Dataset,
     split: str,
-    index: VersionedIndex,
+    index: Index,
     conditions: Sequence[str] = MODEL_CONDITIONS,
 ) -> dict[str, Measured]:
     """The model's conditions on one split, searched exactly in `index` (this model's document vectors)."""

@@ -21,8 +21,8 @@ import numpy as np
 from r3jax.errors import UserError
 from r3jax.rl import rewards
 from r3jax.rl.mix import Retrieval
-from r3jax.search.index import VersionedIndex
 from r3jax.search.refresh import DriftEstimate, choose
+from r3jax.search.sharded import Index, restore
 
 Encode = Callable[[np.ndarray], np.ndarray]  # document rows [n] -> unit vectors [n, D], current weights
 
@@ -66,7 +66,7 @@ class RefreshConfig:
 class Environment:
     """An index, its drift estimate and its probe set. All randomness is in `probes`, drawn from `seed`."""
 
-    def __init__(self, index: VersionedIndex, reward: RewardConfig, refresh: RefreshConfig, *, probes: int, seed: int):
+    def __init__(self, index: Index, reward: RewardConfig, refresh: RefreshConfig, *, probes: int, seed: int):
         self.index, self.reward_config, self.refresh = index, reward, refresh
         self._retrieval = Retrieval(reward.name)
         self.terms: dict[str, np.ndarray] = {}  # of the last `score`, each [R]
@@ -110,9 +110,9 @@ class Environment:
             )
             self._write_back(rows, encode, step)
         clock.lap("encode")
-        own = self._scores(rollouts.vectors, rollouts.relevant)
+        own = self.index.scores(rollouts.vectors, rollouts.relevant)
         best = np.where(rollouts.relevant >= 0, own, -1.0).max(1)
-        scores = self._scores(rollouts.vectors, candidates)
+        scores = self.index.scores(rollouts.vectors, candidates)
         ranks = 1 + (scores > best[:, None]).sum(1)
         theta = np.maximum(best, np.sort(scores, 1)[:, -min(k, depth)])
         spent = int((self.index.versions != before).sum())
@@ -134,7 +134,7 @@ class Environment:
         clock.lap("search")
         self._write_back(rows, encode, step)
         clock.lap("encode")
-        fresh = self._scores(rollouts.vectors, candidates)
+        fresh = self.index.scores(rollouts.vectors, candidates)
         self._learn_drift(candidates, stale, fresh, before, step)
         if refresh.policy == "full":  # the reference, whatever the stale search did not return
             candidates, fresh = self.index.search(rollouts.vectors, depth)
@@ -188,13 +188,16 @@ class Environment:
         return result
 
     def exact_rewards(self, rollouts: Rollouts, vectors: np.ndarray) -> np.ndarray:
-        """Rewards [R] against a corpus [N, D] re-encoded in full: what refresh is measured against."""
-        fresh = VersionedIndex.build(vectors, 0, "exact")
+        """Rewards [R] against a corpus re-encoded in full: what refresh is measured against.
+
+        vectors: [N, D]; of several processes, each one's own rows.
+        """
+        fresh = self.index.like(vectors)
         found = fresh.search(rollouts.vectors, min(self.refresh.over_retrieve, len(fresh)))
-        return self._reward(rollouts, *found, vectors)[0]
+        return self._reward(rollouts, *found, fresh)[0]
 
     def probe(self, rollouts: Rollouts, rewards: np.ndarray, vectors: np.ndarray) -> dict[str, float]:
-        """How far this step's `rewards` [R] (NaN: left out) are from a corpus [N, D] re-encoded in full.
+        """How far this step's `rewards` [R] (NaN: left out) are from a corpus re-encoded in full: see `exact_rewards`.
 
         `stale_recall` is that of the index before this step's first refresh, for the rollouts of its first round: of
         its top k, the share whose fresh score reaches the fresh k-th.
@@ -203,15 +206,16 @@ class Environment:
         error = np.abs(self.exact_rewards(rollouts, vectors) - rewards)
         error = error[np.isfinite(error)]
         _, queries, rows = self._stale_top
-        top = self._scores(queries, rows, vectors)
-        _, best = VersionedIndex.build(vectors, 0, "exact").search(queries, rows.shape[1])
+        fresh = self.index.like(vectors)
+        top = fresh.scores(queries, rows)
+        _, best = fresh.search(queries, rows.shape[1])
         return {
             "probe/reward_error": float(error.mean()) if error.size else float("nan"),
             "probe/stale_recall": float((top >= best[:, -1:] - 1e-6).mean()),
         }
 
     def state(self) -> dict[str, Any]:
-        """All of it as numpy arrays, for a checkpoint."""
+        """All of it as arrays, for a checkpoint."""
         drift = dataclasses.asdict(self.drift)
         return {
             "index": self.index.state(),
@@ -221,7 +225,7 @@ class Environment:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes back what `state` returned; UserError if that was for another corpus."""
-        size, self.index = len(self.index), VersionedIndex.from_state(state["index"])
+        size, self.index = len(self.index), restore(state["index"])
         if len(self.index) != size:
             raise UserError(
                 f"this run's index holds {len(self.index):,} documents and the data set {size:,}; put the old files "
@@ -242,20 +246,15 @@ class Environment:
         if len(rows):
             self.index.upsert(rows, encode(rows), step)
 
-    def _scores(self, vectors: np.ndarray, rows: np.ndarray, stored: np.ndarray | None = None) -> np.ndarray:
-        """Cosines [R, C] of each rollout with the stored vectors of its rows; -1 rows give the last one's."""
-        stored = self.index.vectors if stored is None else stored
-        return np.einsum("rd,rcd->rc", vectors, stored[rows])
-
-    def _reward(self, rollouts: Rollouts, candidates, scores, stored=None, overdue=None):
-        """Total reward and its terms, from candidates and what is known of their scores.
+    def _reward(self, rollouts: Rollouts, candidates, scores, index: Index | None = None, overdue=None):
+        """Total reward and its terms, from candidates of `index` (default: our own) and what is known of their scores.
 
         Neither candidates nor relevant documents hold one of the `overdue` [N].
 
         Relevant documents that the search did not return join the ranking: their vectors are at hand.
         """
-        c = self.reward_config
-        own = self._scores(rollouts.vectors, rollouts.relevant, stored).astype(np.float64)
+        c, index = self.reward_config, index or self.index
+        own = index.scores(rollouts.vectors, rollouts.relevant).astype(np.float64)
         missing = (rollouts.relevant >= 0) & ~(rollouts.relevant[:, :, None] == candidates[:, None]).any(2)
         rows = np.concatenate([candidates, np.where(missing, rollouts.relevant, -1)], 1)
         ranked = np.concatenate([scores, np.where(missing, own, -np.inf)], 1)
@@ -269,7 +268,7 @@ class Environment:
             own,
             k=c.k,
             size=len(self.index),
-            ranks=self._ranks(rollouts, own, rows, ranked, stored, overdue) if self._retrieval.needs_ranks else None,
+            ranks=self._ranks(rollouts, own, rows, ranked, index, overdue) if self._retrieval.needs_ranks else None,
             emitted=rollouts.emitted,
         )
         known = np.isfinite(found["retrieval"])
@@ -282,7 +281,7 @@ class Environment:
             terms["overlong"] = rewards.overlong_term(rollouts.lengths, c.limit, c.overlong_window)
         return np.where(known, rewards.combine(terms, c.weights), np.nan), terms | found
 
-    def _ranks(self, rollouts: Rollouts, own, rows, ranked, stored, overdue) -> np.ndarray:
+    def _ranks(self, rollouts: Rollouts, own, rows, ranked, index: Index, overdue) -> np.ndarray:
         """Rank [R] of each rollout's best relevant document: among the candidates, or, if below them, among all.
 
         The last, N, where there is no relevant document.
@@ -292,13 +291,8 @@ class Environment:
         ranks = 1 + (wrong & (ranked > best[:, None])).sum(1)
         # Where every candidate that counts is above it, others may be too.
         below = ranks > (ranked.shape[1] if overdue is None else (wrong & (rows >= 0)).sum(1))
-        stored = self.index.vectors if stored is None else stored
-        for row in np.flatnonzero(below):
-            scores = stored @ rollouts.vectors[row]
-            scores[rollouts.relevant[row][rollouts.relevant[row] >= 0]] = -np.inf
-            if overdue is not None:
-                scores[overdue] = -np.inf
-            ranks[row] = 1 + (scores > best[row]).sum()
+        more = index.above(rollouts.vectors[below], best[below], rollouts.relevant[below], overdue)
+        ranks[below] = 1 + more
         return np.where(np.isfinite(best), ranks, len(self.index))
 
     def _learn_drift(self, candidates, stale, fresh, before, step: int) -> None:
@@ -311,7 +305,7 @@ class Environment:
         """1 - mean cosine between probes' stored and current vectors: how stale the index is on the whole."""
         if not len(self.probes):
             return 0.0
-        return float(1 - (self.index.vectors[self.probes] * encode(self.probes)).sum(1).mean())
+        return float(1 - self.index.scores(encode(self.probes), self.probes[:, None]).mean())
 
 
 class Clock:

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from r3jax.errors import UserError
+from r3jax.processes import gather, is_spread
 from r3jax.run.verify import DamagedError, agree, checksums, first_line, seal, unseal
 
 PyTree = Any
@@ -80,7 +80,7 @@ class Checkpointer:
 
         Args:
           step: the number of optimiser steps done.
-          state: a tree of jax arrays (sharded as they are) and numpy arrays (which are copied).
+          state: a tree of jax arrays (sharded as they are) and numpy arrays (the same on every process; copied).
           meta: what fits into JSON, the same on every process except `meta["data"]`, the state of this
             process's data iterator.
           metrics: values by name; the best checkpoint is chosen among those that hold a finite `best_key`.
@@ -153,7 +153,8 @@ class Checkpointer:
         Args:
           step: which; None takes the newest that is whole and says on stderr why newer ones are passed over.
           target: a tree like the saved one: a `jax.ShapeDtypeStruct` with a sharding (of any mesh) or a
-            jax.Array for each jax leaf, a numpy array for each numpy leaf; values are not used.
+            jax.Array for each jax leaf, a numpy array for each numpy leaf; values are not used. What `processes.spread`
+            made may be numpy in either and differ in the zeros that fill it up.
           partial: if True, the checkpoint may hold more than the target asks for.
 
         Returns:
@@ -212,7 +213,8 @@ class Checkpointer:
             flat = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
             found = [flat[name] for name in names]
             for name, leaf, check in zip(names, found, checksums(found), strict=True):
-                if [list(leaf.shape), str(leaf.dtype), check] != content["leaves"][name]:
+                shape, *rest = content["leaves"][name]
+                if (list(leaf.shape) != shape and not is_spread(leaf)) or [str(leaf.dtype), check] != rest:
                     raise ValueError(f"{name} does not match its checksum")
         except Exception as e:  # Orbax and tensorstore raise bare exceptions for damaged files
             why = first_line(e)
@@ -228,7 +230,8 @@ class Checkpointer:
                 raise UserError(f"{where} it has no {name}.")
             shape, dtype, _ = saved[name]
             # a numpy leaf may have grown or shrunk since: an index's tree does
-            fits = len(shape) == leaf.ndim if isinstance(leaf, np.ndarray) else tuple(shape) == tuple(leaf.shape)
+            grows = isinstance(leaf, np.ndarray) or is_spread(leaf)
+            fits = len(shape) == leaf.ndim if grows else tuple(shape) == tuple(leaf.shape)
             if not fits or dtype != str(leaf.dtype):
                 wanted = f"{leaf.dtype}{list(leaf.shape)}"
                 raise UserError(f"{where} {name} is {dtype}{shape} there and {wanted} here.")
@@ -296,18 +299,15 @@ def _abstract(name: str, leaf: Any) -> Any:
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     if isinstance(leaf, np.ndarray):
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    strict = not is_spread(leaf)  # else zeros at the end are added or left out
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=strict)
 
 
 def _gather(text: str) -> list[str]:
     """The text of every process, in their order."""
-    if jax.process_count() == 1:
-        return [text]
     raw = np.frombuffer(text.encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array(raw.size)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: raw.size] = raw
-    rows = np.asarray(multihost_utils.process_allgather(padded))
+    sizes = gather(np.array(raw.size))
+    rows = gather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
     return [rows[i, :n].tobytes().decode() for i, n in enumerate(sizes)]
 
 

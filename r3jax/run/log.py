@@ -30,7 +30,7 @@ ETA_WINDOW = 20  # the last steps' mean time gives the ETA, so that the first co
 def quiet_libraries() -> None:
     """Leaves the terminal to this module: of other libraries' messages only errors are shown.
 
-    For entry points, once all is imported (bm25s sets its own level then).
+    For entry points, once all is imported.
     """
     logging.getLogger("bm25s").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax, grain, tfds: what they log as an error they raise

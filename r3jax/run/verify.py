@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+
+from r3jax.processes import gather, is_spread, own
 
 
 class DamagedError(Exception):
@@ -19,11 +20,11 @@ class DamagedError(Exception):
 
 
 def checksums(leaves: list[Any]) -> list[int]:
-    """One uint32 for each array: the wrap-around sum of its bits, the same however it is sharded."""
-    on_device = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    """One uint32 for each array: the wrap-around sum of its bits, however it is sharded or filled up with zeros."""
+    on_device = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not is_spread(leaf)]
     sums = jax.device_get(_device_sums([leaves[i] for i in on_device]))
     result = {i: int(s) for i, s in zip(on_device, sums, strict=True)}
-    return [result[i] if i in result else _host_sum(np.asarray(leaf)) for i, leaf in enumerate(leaves)]
+    return [result[i] if i in result else _host_sum(leaf) for i, leaf in enumerate(leaves)]
 
 
 @jax.jit
@@ -36,7 +37,9 @@ def _device_sums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [one(x) for x in leaves]
 
 
-def _host_sum(x: np.ndarray) -> int:
+def _host_sum(x: Any) -> int:
+    if is_spread(x):
+        return int(gather(np.array(_host_sum(own(x)), np.uint32)).sum(dtype=np.uint32))
     words = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(4, x.dtype.itemsize)}")
     return int(np.sum(words, dtype=np.uint32))
 
@@ -61,10 +64,7 @@ def unseal(file: pathlib.Path) -> dict[str, Any]:
 
 def agree(why: str) -> None:
     """Raises DamagedError on all processes if one of them has a reason."""
-    bad = bool(why)
-    if jax.process_count() > 1:
-        bad = bool(np.any(multihost_utils.process_allgather(np.array(bad))))
-    if bad:
+    if gather(np.array(bool(why))).any():
         raise DamagedError(why or "another process could not read it")
 
 

@@ -81,6 +81,16 @@ class VersionedIndex:
         """The step at which each document was encoded, int32 [N]; a read-only view."""
         return _read_only(self._versions)
 
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        return self._kind
+
+    @property
+    def settings(self) -> np.ndarray:
+        """As in `state`: the kind's number, `tree_above`, and the leaves of the tree, if there is one."""
+        return np.array([KINDS.index(self._kind), self._tree_above, self._leaves], np.int64)
+
     def __len__(self) -> int:
         """N: rows, those of deleted documents included."""
         return len(self._vectors)
@@ -90,22 +100,42 @@ class VersionedIndex:
         """How many documents are not deleted."""
         return self._living
 
-    def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries, k: int, exactly: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents of each query [Q, D]: rows int32 [Q, k] and scores float32 [Q, k], descending.
 
         k is at most `living`. Scores are dot products with the stored vectors; ties go to the lower row.
-        Deterministic, and independent of how queries are batched.
+        Deterministic, and independent of how queries are batched. `exactly`: by brute force, whatever the kind.
         """
         queries = checks.bounded_rows("queries", checks.matrix("queries", queries, self._vectors.shape[1]))
         k = checks.whole("k", k, 1, self._living)
         if len(queries) == 0:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
-        if self._scann is None:
+        if self._scann is None or exactly:
             return self._exact.search(queries, k)
         rows, scores, full = self._scann.search(queries, k)
         if not full.all():  # the partitions looked at hold fewer than k documents
             rows[~full], scores[~full] = self._exact.search(queries[~full], k)
         return rows, scores
+
+    def scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Dot products [Q, c] of each query [Q, D] with the stored vectors of its rows [Q, c]; -1 is the last row."""
+        return np.einsum("qd,qcd->qc", queries, self._vectors[rows])
+
+    def above(self, queries: np.ndarray, least: np.ndarray, without: np.ndarray, never=None) -> np.ndarray:
+        """How many documents score more than `least` [Q] for each query [Q, D].
+
+        Those in the query's `without` [Q, c] (-1: none) and those of the mask `never` [N] are not counted.
+        """
+        counts = np.zeros(len(queries), np.int64)
+        for i, query in enumerate(queries):
+            over = self._vectors @ query > least[i]
+            over[without[i][without[i] >= 0]] = False
+            counts[i] = (over if never is None else over & ~never).sum()
+        return counts
+
+    def like(self, vectors: np.ndarray) -> "VersionedIndex":
+        """An exact index over other vectors [N, D] of the same documents."""
+        return VersionedIndex.build(vectors, 0, "exact")
 
     def upsert(self, rows, vectors, step: int) -> None:
         """Replaces the vectors of known, unique `rows` [n] by `vectors` [n, D], encoded at `step`.
@@ -165,7 +195,7 @@ class VersionedIndex:
         rows, scores = self.search(queries, k)
         if len(rows) == 0:
             raise ValueError("queries must hold at least one query")
-        _, truth = self._exact.search(checks.matrix("queries", queries), k)
+        _, truth = self.search(queries, k, exactly=True)
         return float((scores >= truth[:, -1:] - 1e-6).mean())
 
     def state(self) -> dict[str, np.ndarray]:
@@ -173,15 +203,14 @@ class VersionedIndex:
 
         `tree` (uint8) is one 0 for brute force and exact search (checkpoints cannot hold empty arrays); for a
         tree it is a 1 and the trained parts, because a tree that lived through upserts differs from one
-        trained on the same vectors. Taking the state makes the index itself go on from the saved copy, so
-        that it and its restored twin answer alike, bit for bit.
+        trained on the same vectors; a state of a large index without one has it trained anew. Taking the state
+        makes the index itself go on from the saved copy, so that it and its restored twin answer alike, bit for bit.
         """
-        settings = np.array([KINDS.index(self._kind), self._tree_above, self._leaves], np.int64)
         assets = np.zeros(0, np.uint8) if self._scann is None else self._scann.assets()
         return {
             "vectors": self._vectors.copy(),
             "versions": self._versions.copy(),
-            "settings": settings,
+            "settings": self.settings,
             "tree": np.concatenate([np.array([len(assets) > 0], np.uint8), assets]),
         }
 
@@ -208,6 +237,8 @@ class VersionedIndex:
                 ScannBackend.check(tree[1:], vectors.shape)
             except ValueError as e:
                 raise ValueError(f"state['tree'] cannot be restored: {e}") from None
+        elif KINDS[kind] == "scann" and len(vectors) > tree_above:  # a state without its tree: it is trained anew
+            return cls(vectors, versions, KINDS[kind], tree_above, math.isqrt(len(vectors)))
         return cls(vectors, versions, KINDS[kind], tree_above, leaves, tree[1:])
 
 

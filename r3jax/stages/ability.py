@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from r3jax.errors import UserError
 from r3jax.model.encoder import bucket_of, pad
 from r3jax.model.qwen2 import ModelConfig, head, hidden_states
-from r3jax.model.sharding import BATCH, batch_parts, place, put_batch
+from r3jax.model.sharding import BATCH, batch_parts, own_rows, place, put_batch, to_host
+from r3jax.processes import in_turn
 from r3jax.stages.tokens import answer_window
 from r3jax.text.prompts import ChatFormat
 
@@ -56,12 +57,17 @@ class Ability:
         """Writes the base's log-probabilities [T, V] in fp32; all of the file or none of it."""
         found = []
         for batch in self._batches:
-            logp, mask = jax.device_get(self._read(base, batch))
+            logp, mask = to_host(self._read(base, batch))
             found.append(logp[mask])
+        in_turn(partial(self._write, np.concatenate(found)))
+
+    def _write(self, found: np.ndarray, first: bool) -> None:
+        if not first:
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_name(self.file.name + ".part")
         with part.open("wb") as f:
-            np.save(f, np.concatenate(found))
+            np.save(f, found)
         os.replace(part, self.file)
 
     def kl(self, params) -> float:
@@ -76,17 +82,19 @@ class Ability:
         total, done = 0.0, 0
         for batch in self._batches:
             logp, mask = self._read(params, batch)
-            here = jax.device_get(mask)
+            here = to_host(mask)
             theirs = np.zeros((*here.shape, base.shape[-1]), np.float32)
             theirs[here] = base[done : done + here.sum()]
             with jax.set_mesh(self.mesh):
-                total += float(_kl(logp, put_batch(self.mesh, theirs), mask))
+                total += float(_kl(logp, put_batch(self.mesh, own_rows(self.mesh, theirs)), mask))
             done += int(here.sum())
         return total / done
 
     def _read(self, params, batch):
         with jax.set_mesh(self.mesh):
-            return _answers(params, *put_batch(self.mesh, batch), model=self.model, width=self._width)
+            return _answers(
+                params, *put_batch(self.mesh, own_rows(self.mesh, batch)), model=self.model, width=self._width
+            )
 
 
 @partial(jax.jit, static_argnames=("model", "width"))

@@ -29,7 +29,8 @@ from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.lora import join
 from r3jax.model.packing import last_vectors, pack, pack_length, packed_states, pick
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sharding import BATCH, batch_parts, out, place, put_batch
+from r3jax.model.sharding import BATCH, batch_parts, batch_share, out, own_rows, place, put_batch
+from r3jax.processes import here
 from r3jax.rl import algorithms
 from r3jax.rl.environment import Environment
 from r3jax.stages.rollouts import Collector, Groups, cut
@@ -152,13 +153,13 @@ class RL:
 
         groups, stats = self.collector.collect(weights, encode, step)
         if self.probe_every and step % self.probe_every == 0:
-            vectors = self._encode(weights, np.arange(len(self.documents)))
+            everything = np.arange(len(self.documents))
+            vectors = self._encode(weights, everything, here().share(len(everything)))
             rewards = np.where(groups.dropped[:, None], np.nan, groups.rewards).ravel()
             stats |= self.environment.probe(groups.rollouts, rewards, vectors)
         self._keep_samples(groups)
-        arrays = self.arrays(groups)
-        stats["tokens"] = int(arrays["lengths"].sum())
-        return put_batch(self.mesh, self.packed(arrays)), stats
+        stats["tokens"] = int((groups.prompt_lengths[:, None] + groups.done.lengths).sum())
+        return put_batch(self.mesh, self.packed(self.arrays(own_rows(self.mesh, groups)))), stats
 
     def arrays(self, groups: Groups) -> dict[str, np.ndarray]:
         """The host batch that `groups` make; every leaf's first axis is B."""
@@ -187,7 +188,7 @@ class RL:
 
     def packed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A host batch, with its rollouts and documents in packs too."""
-        shards = batch_parts(self.mesh) // jax.process_count()
+        shards = batch_parts(self.mesh) // batch_share(self.mesh)[1]
         for rows, ends, packs, begins in (
             ("tokens", "lengths", "packs", "begins"),
             ("docs", "doc_lengths", "doc_packs", "doc_begins"),
@@ -217,9 +218,9 @@ class RL:
     def close(self) -> None:
         self._stream.close()
 
-    def _encode(self, params, rows: np.ndarray) -> np.ndarray:
+    def _encode(self, params, rows: np.ndarray, keep: slice = slice(None)) -> np.ndarray:
         documents = [self.documents[row] for row in rows]
-        vectors = encode_rows(params, self.model, self.mesh, documents, batch_size=self.encode_batch)
+        vectors = encode_rows(params, self.model, self.mesh, documents, batch_size=self.encode_batch, keep=keep)
         if not np.isfinite(vectors).all():
             raise UserError(
                 "the vector of a document is not finite, the run has diverged; lower config.rl.learning_rate and name "

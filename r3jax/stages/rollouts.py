@@ -5,6 +5,9 @@ replaced by groups of fresh prompts that have one, for so many rounds at most. A
 shapes never change; its surplus is dropped, for the next step's policy is another. Each round is rewarded by the index
 as it then is, and they share the step's budget of documents to re-encode.
 
+Of several processes all see all groups, which are small, so that all come to the same rewards and the same choices;
+the sampling itself is split over the mesh.
+
 Axes: B prompts, G samples per prompt, R = B G rollouts, P relevant documents, H hard negatives, W prompt width.
 """
 
@@ -22,7 +25,7 @@ from r3jax.errors import UserError
 from r3jax.model.encoder import bucket_of, pad
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sampler import sample
-from r3jax.model.sharding import put_batch
+from r3jax.model.sharding import everywhere, own_rows, put_batch, to_host
 from r3jax.rl.environment import Clock, Environment, Rollouts
 from r3jax.text.prompts import ChatFormat
 
@@ -85,8 +88,7 @@ class Collector:
         self.max_query, self.hard_negatives, self.on_nan = max_query, hard_negatives, on_nan
         self.temperature, self.max_new = temperature, max_new
         self.consumed: list[int] = []  # query rows that the last `collect` took from the stream
-        self._whole = NamedSharding(mesh, P())  # on every device
-        self._key = jax.device_put(jax.random.key(seed), self._whole)
+        self._key = jax.jit(jax.random.key, out_shardings=NamedSharding(mesh, P()))(seed)
 
     def collect(self, weights, encode: Callable[[np.ndarray], np.ndarray], step: int) -> tuple[Groups, dict[str, Any]]:
         """The groups of optimiser step `step` (from 1) under `weights`, and what their making measured."""
@@ -119,7 +121,7 @@ class Collector:
         self.consumed += batch["query"].tolist()
         rows = self.chat.reasoning_prompts([self.queries[row] for row in batch["query"]], self.max_query)
         prompts, lengths = pad(rows, bucket_of(self.chat.reasoning_extra + self.max_query))
-        done = jax.device_get(self._sample(weights, prompts, lengths, batch["query"], step, number))
+        done = to_host(self._sample(weights, prompts, lengths, batch["query"], step, number))
         clock.lap("rollout")
         self._finite(np.isfinite(done.embedding).all(2) & done.embedding.any(2), batch["query"], step)
         count = len(batch["query"])
@@ -166,11 +168,11 @@ class Collector:
 
     def _sample(self, params, prompts, lengths, ids, step: int, number: int):
         """Completions of one round; the key is folded from seed, step and round, so a resume repeats it."""
-        put = partial(put_batch, self.mesh)
-        key = jax.random.fold_in(self._key, jax.device_put(np.int32(step), self._whole))
+        key = jax.random.fold_in(self._key, everywhere(self.mesh, np.int32(step)))
         if number:
-            key = jax.random.fold_in(key, jax.device_put(np.int32(number), self._whole))
-        return sample(params, put(prompts), put(lengths), put(ids), key, **self.sampling)
+            key = jax.random.fold_in(key, everywhere(self.mesh, np.int32(number)))
+        batch = put_batch(self.mesh, own_rows(self.mesh, (prompts, lengths, ids)))
+        return sample(params, *batch, key, **self.sampling)
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from r3jax.losses import info_nce, triplet_margin
 from r3jax.model.lora import join
 from r3jax.model.packing import last_vectors, pack, pack_length, packed_states, pick
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sharding import BATCH, batch_parts, out, place, put_batch
+from r3jax.model.sharding import BATCH, batch_parts, batch_share, out, place, put_batch
+from r3jax.processes import gather
 from r3jax.stages.state import TrainState, apply, value_and_grad
 from r3jax.stages.tokens import answer_terms, answer_window, fill
 from r3jax.text.prompts import ChatFormat
@@ -147,14 +148,15 @@ class SFT:
         margin: float,
     ):
         self.steps, self.mesh = steps, mesh
-        self._consumed: list[int] = []
+        self._share = batch_share(mesh)
+        self._consumed = np.zeros(0, np.int32)
         self._stream = stream(
             source,
             transform=transform,
             batch_size=batch_size,
             seed=seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self._share[0],
+            process_count=self._share[1],
             workers=workers,
         )
         lengths = transform.lengths
@@ -183,13 +185,13 @@ class SFT:
 
     def next_batch(self, state: TrainState, step: int):
         batch = next(self._stream)
-        self._consumed = batch.pop("query_row").tolist()
+        self._consumed = batch.pop("query_row")
         tokens = sum(int(batch[name].sum()) for name in ("direct_length", "reasoned_length", "doc_lengths"))
-        return put_batch(self.mesh, self.packed(batch)), {"tokens": tokens * jax.process_count()}
+        return put_batch(self.mesh, self.packed(batch)), {"tokens": tokens * self._share[1]}
 
     def packed(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """A host batch, with its rows in packs too."""
-        shards = batch_parts(self.mesh) // jax.process_count()
+        shards = batch_parts(self.mesh) // self._share[1]
         to_packs = partial(pack, shards=shards, chunks=self._chunks)
         names = ("direct", "reasoned")
         kinds = [(batch[name], batch[f"{name}_length"]) for name in names]
@@ -200,7 +202,11 @@ class SFT:
         return batch | {"doc_begins": np.stack(begins, 1), "query_packs": queries, "doc_packs": docs}
 
     def consumed(self) -> list[int]:
-        return self._consumed
+        index, count = self._share
+        whole = np.empty(len(self._consumed) * count, np.int32)
+        for share, *rows in gather(np.append(np.int32(index), self._consumed)):
+            whole[share::count] = rows  # as the stream deals them out
+        return whole.tolist()
 
     def samples(self) -> list[dict]:
         return []

@@ -47,7 +47,7 @@ class Stage(Protocol):
         """One optimiser step; pure and jitted. The state is donated."""
 
     def consumed(self) -> list[int]:
-        """Query rows of the records that this process's last batch took from the stream, in their order."""
+        """Query rows of the records that the last batch, of all processes, took from the stream, in their order."""
 
     def samples(self) -> list[dict]:
         """Rows for the table of sampled completions; empty where there are none."""

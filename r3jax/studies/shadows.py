@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from r3jax.errors import UserError
 from r3jax.rl.environment import Encode, Environment, RefreshConfig, Rollouts
 from r3jax.search.index import VersionedIndex
 
@@ -57,8 +58,13 @@ class Shadowed:
         real = self._real
         budget = int(cell.budget * len(real.index))
         refresh: RefreshConfig = dataclasses.replace(real.refresh, policy=cell.policy, budget=budget)
-        index = VersionedIndex.build(real.index.vectors, 0, "exact")
+        index = VersionedIndex.build(self._vectors(), 0, "exact")
         return Environment(index, real.reward_config, refresh, probes=0, seed=0)
+
+    def _vectors(self) -> np.ndarray:
+        if not isinstance(self._real.index, VersionedIndex):
+            raise UserError("a study looks at all vectors of its index; start one process.")
+        return self._real.index.vectors
 
     @property
     def terms(self) -> dict[str, np.ndarray]:
@@ -70,7 +76,7 @@ class Shadowed:
         """As `Environment.score`; the shadows' rewards are kept, not returned."""
         rewards, stats = self._real.score(rollouts, encode, step, rounds)
         start = time.perf_counter()
-        fresh = self._real.index.vectors
+        fresh = self._vectors()
         self._rewards[step - 1, 0] = rewards
         for i, shadow in enumerate(self._shadows):
             self._rewards[step - 1, 1 + i], own = shadow.score(rollouts, fresh.__getitem__, step)

@@ -1,0 +1,140 @@
+"""Several processes train as one does: the same figures, and a checkpoint of one goes on with the others.
+
+Real processes, that find each other as launch/local.sh tells them to, with gloo between their CPUs.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from r3jax import processes
+from r3jax.errors import UserError
+from r3jax.run.checkpoint import Checkpointer
+from r3jax.search import sharded
+from r3jax.search.index import VersionedIndex
+from tests import two_hosts
+from tests.fixtures import ROOT, flags, write_dataset
+
+# No validation between, and one split, so that little is compiled.
+SHORT = {
+    "sft__steps": 4,
+    "rl__steps": 3,
+    "checkpoint__every": 2,
+    "evaluate__every": 0,
+    "evaluate__thoughts": 0,
+    "data__eval_splits": "unseen",
+}
+TIMES = ("time", "seconds", "tokens_per_second")
+# A document that is as urgent or as near as another but for rounding may be encoded in its place, or stand in its rank.
+DISCRETE = ("index/age", "index/sigma", "index/probe", "probe/stale_recall")
+
+
+def processes_of(argv: list[str], count: int, devices: int) -> list[subprocess.Popen]:
+    """Starts `python argv` as `count` processes of a job, of so many fake devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    found = []
+    for rank in range(count):
+        told = dict(zip(processes.VARIABLES, (address, str(count), str(rank)), strict=True)) if count > 1 else {}
+        found.append(subprocess.Popen([sys.executable, *argv], env=env | told, cwd=ROOT, **pipes))
+    return found
+
+
+def train(folder, count: int, devices: int, run: str) -> None:
+    """`r3jax.train` to its end."""
+    # Kept programs are found by process 0 alone, which would then be half a minute ahead: too far for gloo.
+    cache = {"xla_cache": folder / "no-cache"} if count > 1 else {}
+    argv = ["-m", "r3jax.train", *flags(folder, **SHORT | cache), f"--workdir={folder / run}"]
+    finish(processes_of(argv, count, devices))
+
+
+def finish(job: list[subprocess.Popen]) -> None:
+    said = [process.communicate(timeout=1500)[0][-3000:] for process in job]
+    assert [process.returncode for process in job] == [0] * len(job), "\n".join(said)
+
+
+def figures(folder, run: str) -> tuple[dict, dict, list]:
+    """Metrics by stage, step and name; results by split, condition and name; the ledger."""
+    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    metrics = {(x["stage"], x["step"], name): x[name] for x in lines for name in x if not name.startswith(TIMES)}
+    results = json.loads((folder / run / "results.json").read_text())["splits"]
+    scores = {(s, c, name): v for s, by in results.items() for c, x in by.items() for name, v in x.items()}
+    ledger = [json.loads(line) for line in (folder / run / "ledger.jsonl").read_text().splitlines()]
+    return metrics, {k: v for k, v in scores.items() if k[2] != "ms_per_query"}, ledger
+
+
+def close(folder, run: str, other: str) -> None:
+    (metrics, scores, ledger), (steps, results, rows) = figures(folder, run), figures(folder, other)
+    assert ledger == rows and metrics.keys() == steps.keys() and scores.keys() == results.keys()
+    for key, value in steps.items():
+        if isinstance(value, str) or value is None:
+            assert metrics[key] == value, key
+        elif not key[2].startswith(DISCRETE):
+            np.testing.assert_allclose(metrics[key], value, rtol=2e-3, atol=2e-5, err_msg=f"{run} {key}")
+    for key, value in results.items():
+        found = np.array([scores[key], value], float)  # of 20 queries, of which one may find its document elsewhere
+        np.testing.assert_allclose(*found, rtol=0, atol=0.051, err_msg=f"{run} {key}")
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_train_as_one_of_eight_and_one_of_one(tmp_path):
+    write_dataset(tmp_path / "data")
+    for run, count, devices in (("one", 1, 1), ("eight", 1, 8), ("two-by-four", 2, 4)):
+        train(tmp_path, count, devices, run)
+    close(tmp_path, "eight", "one")
+    close(tmp_path, "two-by-four", "one")
+    # What one began, the others finish: from the checkpoint at step 2 of stage 2, and from one in stage 1.
+    for run, began, count, devices in (("two-from-one", "one", 2, 4), ("one-from-two", "two-by-four", 1, 1)):
+        shutil.copytree(tmp_path / began, tmp_path / run)
+        shutil.rmtree(tmp_path / run / "checkpoints" / "rl" / "3")
+        (tmp_path / run / "results.json").unlink()
+        train(tmp_path, count, devices, run)
+        close(tmp_path, run, "one")
+
+
+def test_two_processes_share_an_index_and_checkpoints_with_one(tmp_path):
+    whole = two_hosts.changed(VersionedIndex.build(two_hosts.vectors(), 0))
+    one = Checkpointer(tmp_path / "one", 1)
+    one.save(1, {"index": whole.state()}, meta={"data": None})
+    one.close()
+    finish(processes_of(["-m", "tests.two_hosts", str(tmp_path)], 2, 2))
+    two = Checkpointer(tmp_path / "two", 1, read_only=True)
+    state, meta = two.restore(None, {"index": whole.state()})
+    two.close()
+    index = sharded.restore(state["index"])
+    np.testing.assert_array_equal(index.vectors, whole.vectors)
+    np.testing.assert_array_equal(index.versions, whole.versions)
+    assert index.kind == "scann" and meta["data"] == {"next": 3}
+
+
+def test_the_environment_names_all_three_or_none(monkeypatch):
+    for name in processes.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    processes.connect()  # alone
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(UserError, match="sets JAX_NUM_PROCESSES but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"):
+        processes.connect()
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "n1:8476")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID=2 must be .* below JAX_NUM_PROCESSES=2"):
+        processes.connect()
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "n1")
+    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS=n1 must be the host and port"):
+        processes.connect()
+
+
+def test_one_process_gathers_from_itself_bit_for_bit():
+    for x in (np.array([2**40, -1]), np.array(1.5), np.zeros((0, 3), np.uint8), np.array([[True, False]])):
+        found = processes.gather(x)
+        assert found.dtype == x.dtype and found.shape == (1, *x.shape) and (found[0] == x).all()
+    assert processes.in_turn(lambda first: first) is True and processes.leads()
