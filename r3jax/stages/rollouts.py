@@ -171,8 +171,8 @@ class Collector:
         key = jax.random.fold_in(self._key, everywhere(self.mesh, np.int32(step)))
         if number:
             key = jax.random.fold_in(key, everywhere(self.mesh, np.int32(number)))
-        batch = put_batch(self.mesh, own_rows(self.mesh, (prompts, lengths, ids)))
-        return sample(params, *batch, key, **self.sampling)
+        prompts, lengths, ids = put_batch(self.mesh, own_rows(self.mesh, (prompts, lengths, ids)))
+        return sample(params, prompts, lengths, ids, key, **self.sampling)
 
     @property
     def sampling(self) -> dict[str, Any]:
