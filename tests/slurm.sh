@@ -58,7 +58,10 @@ CONF
   ;;
 stop)
   for file in "$folder"/{slurmd.n1,slurmd.n2,slurmctld,munge}.pid; do
-    [ ! -s "$file" ] || kill "$(cat "$file")" || true
+    [ -s "$file" ] || continue
+    process=$(cat "$file")
+    kill "$process" || continue
+    while kill -0 "$process" 2>/dev/null; do sleep 0.1; done
   done
   ;;
 *)

@@ -26,7 +26,9 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     yield folder
     subprocess.run(["scancel", "--user=root"])
-    subprocess.run([ROOT / "tests" / "slurm.sh", "stop", folder])
+    while said("squeue", "--noheader"):
+        time.sleep(0.2)
+    subprocess.run([ROOT / "tests" / "slurm.sh", "stop", folder], timeout=60)
 
 
 def said(*argv) -> str:
