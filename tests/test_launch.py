@@ -152,7 +152,7 @@ def test_a_stop_of_local_reaches_all_and_is_waited_for(tmp_path):
         while log.read_text().count("ready") < 2:
             time.sleep(0.05)
         os.killpg(job.pid, sign)  # as a terminal's Ctrl-C does
-        assert job.wait(30) == 75
+        assert job.wait(120) == 75
         assert log.read_text().count("saved") == 2
 
 

@@ -16,7 +16,7 @@ from r3jax.model import params as model_params
 from r3jax.model import sampler
 from r3jax.model.encoder import embed
 from r3jax.model.qwen2 import ModelConfig, hidden_states, logits
-from r3jax.model.sampler import sample
+from r3jax.model.sampler import sample, sample_at_once
 from r3jax.model.sharding import (
     AXES,
     BATCH,
@@ -180,7 +180,7 @@ def test_published_sizes_type_check_on_an_abstract_mesh(name, shape, published):
             assert (leaf.shape, leaf.sharding) == (flat[path].shape, flat[path].sharding), path
         if config.layers <= 28:  # the decoding loop is unrolled over layers
             draw = partial(
-                sample,
+                sample_at_once,
                 config=config,
                 group=8,
                 max_new=32,

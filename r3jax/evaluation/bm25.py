@@ -6,6 +6,7 @@ computed by bm25s (Lù 2024). Texts are lower-cased; words are runs of two or mo
 English stemmer.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ def _library():
     """bm25s, imported when it is needed: that runs JAX, which must not choose its devices before an entry point has."""
     import bm25s
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets DEBUG, which others' handlers then print
     return bm25s
 
 

@@ -93,6 +93,21 @@ def sample(
     return home([*left_early, (state.home, state.result)], shape=shape) if left_early else state.result
 
 
+@partial(
+    jax.jit,
+    static_argnames=("config", "group", "max_new", "temperature", "embed_id", "stop_ids"),
+)
+def sample_at_once(
+    params, prompts, prompt_lengths, prompt_ids, key, *, config, group, max_new, temperature, embed_id, stop_ids
+) -> Completions:
+    """What `sample` returns, in one program that never looks: for whoever wants to know what sampling costs at most."""
+    state = _first(
+        params, prompts, prompt_lengths, prompt_ids, config=config, group=group, max_new=max_new, room=max_new
+    )
+    options = dict(config=config, group=group, temperature=temperature, embed_id=embed_id, stop_ids=stop_ids)
+    return _run(unstacked(params, config), state, key, look=max_new, **options)[0].result
+
+
 @partial(jax.jit, static_argnames=("config",))
 def unstacked(params, config: ModelConfig):
     """`unstack`, for `advance`."""

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from r3jax.model.encoder import bucket_of, embed_jit
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sampler import Completions, sample
+from r3jax.model.sampler import Completions, sample_at_once
 from r3jax.model.sharding import BATCH, batch_parts
 from r3jax.stages.rl import RL
 from r3jax.stages.rollouts import Groups
@@ -72,7 +72,7 @@ def rollout(stage: RL, params, mesh: Mesh, rows: int) -> Program:
     cache = 2 * m.layers * slots * m.kv_heads * m.head_dim * jnp.dtype(m.compute_dtype).itemsize / mesh.size
     return Program(
         name="rollout",
-        function=sample,
+        function=sample_at_once,
         args=args,
         kwargs=c.sampling,
         read=rows * width,
