@@ -148,7 +148,12 @@ def test_a_stop_of_local_reaches_all_and_is_waited_for(tmp_path):
     for sign in (signal.SIGTERM, signal.SIGINT):
         log.write_text("")
         env = os.environ | {"PYTHON": str(fake), "LOG": str(log)}
-        job = subprocess.Popen([LAUNCH / "local.sh", "2", "train"], env=env, start_new_session=True)
+        job = subprocess.Popen(
+            [LAUNCH / "local.sh", "2", "train"],
+            env=env,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background ignore it
+        )
         while log.read_text().count("ready") < 2:
             time.sleep(0.05)
         os.killpg(job.pid, sign)  # as a terminal's Ctrl-C does
