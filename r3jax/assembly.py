@@ -121,7 +121,7 @@ class Parts:
             chat=self.chat,
             max_query=c.data.max_query_tokens,
             max_new=c.data.max_thought_tokens + 1,
-            thoughts=c.evaluate.thoughts,
+            thoughts=c.evaluate.get("thoughts", 0),  # runs from before it are read too
             batch_size=c.evaluate.batch_size,
         )
 

@@ -14,6 +14,7 @@ another model, prompt, length or corpus is refused there. For example:
 
 import dataclasses
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     dtype = given.choice("dtype", ("float32", "float16"), "float32")
     max_length, batch_size = given.whole("max-length"), given.whole("batch-size")
     processes.connect()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it where there are several processes, and nobody asks
     on_error = given.choice("on-error", ("strict", "skip"), "strict")
     documents, prompt = Documents(data, on_error=on_error), given.flags["prompt"]
     check_out(pathlib.Path(out))

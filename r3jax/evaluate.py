@@ -16,6 +16,7 @@ and ties; writes TREC runs and judgements, thoughts, examples.json and evaluatio
 import dataclasses
 import json
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,7 @@ class Task:
 
 def main(argv: list[str]) -> None:
     processes.connect()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it where there are several processes, and nobody asks
     if not argv or argv[0].startswith("-"):
         of_run(argv)
     elif weights.is_run(argv[0]):

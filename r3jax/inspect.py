@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--split: {split!r} was not evaluated; choose some of {', '.join(found.splits)}.")
     own = [name for name in found.thoughtful if name.endswith("reasoning")] or found.thoughtful
     left = given.choice("with", found.thoughtful, own[-1])
-    model = left.split("_")[0] + "_" if left.startswith(("sft_", "rl_")) else ""
+    models = [name.removesuffix("direct") for name in found.conditions if name.endswith("direct")]
+    model = next((name for name in models if name and left.startswith(name)), "")
     right = given.choice("without", found.conditions, f"{model}direct")
     source = given.flags["data"] or found.source
     if not pathlib.Path(source).is_dir():

@@ -76,7 +76,8 @@ def run_stage(
     first = int(state.step) + 1
     validations = stage.steps // config.evaluate.every if config.evaluate.every else 0
     planned = stage.steps // config.checkpoint.every + validations + 1
-    checkpointer.check_room(assembly.to_keep(state, parts), planned)
+    if first <= stage.steps:
+        checkpointer.check_room(assembly.to_keep(state, parts), planned)
     waiting: tuple | None = None
     with log.progress(stage.name, stage.steps, start=first - 1) as progress:
         if unmeasured:
@@ -91,7 +92,7 @@ def run_stage(
             peers.beat()
             if waiting:
                 report(log, progress, stage, config, guards.skips, *waiting)
-            stopping = stop.due(step)
+            stopping = stop.due()
             measuring = step == stage.steps or (config.evaluate.every and step % config.evaluate.every == 0)
             saving = measuring or stopping or step % config.checkpoint.every == 0
             if saving or step % config.log.every == 0 or stage.name == "rl":

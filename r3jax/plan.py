@@ -124,6 +124,8 @@ def _fitting(name: str, config: ConfigDict, topology: Topology, mesh, given: Ite
         config[name][field] = per_chip * parts
         flags = [f"--config.{name}.{field}={per_chip * parts}"]
     counts = [config[name].chunks]
+    if f"{name}.chunks" in given and per_chip % counts[0]:
+        raise UserError(f"config.{name}.chunks ({counts[0]}) must divide the {per_chip} rows of a chip.")
     if f"{name}.chunks" not in given:
         counts = [n for n in range(_least_chunks(name, config, topology, mesh), per_chip + 1) if per_chip % n == 0]
     misses = []

@@ -110,6 +110,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
             checkpointer.close()
 
         # Evaluation
+        stop.release()
         log.say("evaluating every stage's best weights (by validation) on the held-out splits")
         begin = time.time()
         start = assembly.start_name(config, plan)

@@ -94,7 +94,7 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch, capfd):
     with stopping.Stop() as stop, pytest.raises(Ended, match="130"):
         stop.stepping = True
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            assert not stop.due(1) or stop.asked
+            assert not stop.due() or stop.asked
             os.kill(os.getpid(), number)
     assert "stopping after this step" in capfd.readouterr().err
 

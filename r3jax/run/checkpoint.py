@@ -59,6 +59,7 @@ class Checkpointer:
             ),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
+        self._manager.reached_preemption = lambda step: False  # `Stop` alone asks for notices, by numbers of its own
 
     def latest(self) -> int | None:
         """The newest step on disk (whole or not), None without any."""
@@ -117,11 +118,14 @@ class Checkpointer:
     def amend(self, step: int, meta: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
         """Adds to a checkpoint's meta, once it is on disk, and gives it metrics: all of that or, after a kill, nothing.
 
-        The arrays are not touched. Raises DamagedError or a UserError if its description cannot be read or written.
+        The arrays are not touched. Raises UserError if its description cannot be read or written.
         """
         self.wait()
         file = self.folder / str(step) / DESCRIPTION
-        content = unseal(file)
+        try:
+            content = unseal(file)
+        except DamagedError as e:
+            raise UserError(f"checkpoint {step} was damaged since it was written: {e}; give the command again.") from e
         self._scores[step] = content["score"] = self._value(metrics)
         content["meta"] |= meta
         if jax.process_index() == 0:

@@ -48,7 +48,7 @@ def accepted(text: str | None, config: ConfigDict) -> frozenset[str]:
 def refuse_config(workdir: pathlib.Path, began: ConfigDict, now: ConfigDict, accept: Collection[str]) -> None:
     """UserError where a run's config differs in a field that is neither free nor accepted."""
     old, new = dict(run_config.leaves(began)), dict(run_config.leaves(now))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [key for key in sorted(new) if old.get(key) != new[key]]  # what is no more cannot be set
     changed = [key for key in changed if not key.startswith(FREE) and key not in accept]
     if changed:
         words = ", ".join(f"config.{key}={old.get(key)!r}, not {new.get(key)!r}" for key in changed)

@@ -32,6 +32,7 @@ from r3jax.run.verify import first_line
 TICK = 1.0  # seconds between signs of life
 MUTE = 5.0  # seconds without one, by which a process that does nothing at all is told from one that waits
 GRACE = 2.0  # seconds that a failing process waits to hear whether a peer was the cause
+_OPEN = "open TCP ports between the machines of the job"
 LATE = 10.0  # seconds after `hang` until a process whose Python is stuck too ends itself
 
 
@@ -66,10 +67,18 @@ class Peers:
             self._names[0] = socket.gethostname()
             server.settimeout(60)
             while len(self._lines) < self.count - 1:
-                self._admit(server.accept()[0], token)
+                try:
+                    self._admit(server.accept()[0], token)
+                except TimeoutError:
+                    raise UserError(f"process 0 waited a minute for the others at port {port}; {_OPEN}.") from None
             server.close()
         else:
-            line = _alive(socket.create_connection((host, port), timeout=60))
+            try:
+                line = _alive(socket.create_connection((host, port), timeout=60))
+            except OSError as e:
+                raise UserError(
+                    f"process {self.rank} cannot reach process 0 at {host}:{port} ({e}); {_OPEN}."
+                ) from None
             self._lines[0], self._names[0] = line, host
             self._send(0, {"token": token, "rank": self.rank, "name": socket.gethostname()})
             line.settimeout(self.hang or None)

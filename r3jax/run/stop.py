@@ -21,14 +21,21 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._looks = 0
         self.stepping = False  # inside a stage's loop, which looks at `due`
         self._before: dict[int, object] = {}
 
-    def due(self, step: int) -> bool:
+    def due(self) -> bool:
         """Whether to save after this step and end; every process of a job gets the same answer at the same step."""
-        if jax.process_count() > 1:  # there JAX takes the SIGTERM, and all agree on the next step to come
-            return multihost_utils.reached_preemption_sync_point(step)
+        if jax.process_count() > 1:  # there JAX takes the SIGTERM, and all agree on the next look to come
+            self._looks += 1  # it wants numbers without a gap, which steps over stages and resumed runs are not
+            return multihost_utils.reached_preemption_sync_point(self._looks)
         return self.asked
+
+    def release(self) -> None:
+        """After the last step: from here on a SIGTERM ends a process of several at once too."""
+        if jax.process_count() > 1:
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, frame: self.end())
 
     def end(self) -> None:
         """Ends the process, from its main thread; finally clauses run."""

@@ -27,7 +27,7 @@ from r3jax.weights import BEST_KEY, IMPORTED, last_stage
 
 METRIC = "ndcg@10"
 # What may differ between two commands that share runs; each run has its own seed.
-FREE = ("name", "seed", "log.", "checkpoint.", "xla_cache", "data.cache")
+FREE = ("name", "seed", "log.", "checkpoint.", "processes.", "xla_cache", "data.cache")
 DEFAULT = "default"
 
 

@@ -30,7 +30,7 @@ def main(rank: int, port: int, hang: float, fate: str) -> None:
             multihost_utils.process_allgather(np.int32(step))
             if step == 2:
                 print("at step 2", flush=True)
-            if stop.due(step):
+            if stop.due():
                 print(f"stopping at step {step}", flush=True)
                 stop.end()
             if fate == "linger":
