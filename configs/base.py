@@ -83,6 +83,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "param_dtype": "float32",
                 # On two cores recomputing a layer is quicker than writing its activations to memory.
                 "remat": "full",
+                # xla; or fused kernels for long rows: splash (TPU), cudnn (NVIDIA, bfloat16).
+                "attention": "xla",
             },
             # Low-rank adapters (r3jax/model/lora.py); rank 0 trains all weights. The base is frozen and stored once, in
             # compute_dtype (each use casts it to that, so nothing is lost), and the KL terms' reference is the adapter

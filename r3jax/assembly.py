@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from r3jax import processes, weights
 from r3jax.data import beir, chats, store, thoughts
 from r3jax.errors import UserError
-from r3jax.model import lora
+from r3jax.model import attention, lora
 from r3jax.model import params as model_params
 from r3jax.model.hub import local_folder
 from r3jax.model.qwen2 import ModelConfig
@@ -52,8 +52,9 @@ def claim(workdir: pathlib.Path, config: ConfigDict, accept: Collection[str] = (
     return begun
 
 
-def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for a batch that the mesh and gradient caching cannot split evenly."""
+def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for attention that does not run there, or a batch that cannot be split evenly."""
+    attention.check(config.model.attention, mesh.devices.flat[0].platform, config.model.compute_dtype)
     parts = batch_parts(mesh)
     for stage, field in (("sft", "batch_size"), ("rl", "prompts")):
         if stage in config:
@@ -175,7 +176,8 @@ def parts(
         )
     tokenizer = processes.in_turn(lambda first: _tokenizer(config, workdir, dataset, begun or not first))
     chat = ChatFormat(tokenizer, Prompts(**config.prompts))
-    return Parts(config, workdir, mesh, dataset, chat, weights.model_config(config, tokenizer))
+    model = weights.here(weights.model_config(config, tokenizer), mesh)
+    return Parts(config, workdir, mesh, dataset, chat, model)
 
 
 def keep_start(p: Parts, start) -> None:

@@ -353,6 +353,7 @@ def _load_run(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None) 
     model = weights.model_config(config, tokenizer)
     if dtype:
         model = dataclasses.replace(model, compute_dtype=dtype)
+    model = weights.here(model, mesh)
     limits = {name: config.data[name] for name in LIMITS} | {"batch_size": config.evaluate.batch_size}
     stage = weights.trained_stage(folder)
     read_params = functools.partial(weights.load_params, folder, model, mesh, stage)

@@ -52,7 +52,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
     # Mesh, input, model
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh), Peers(config.processes.hang) as peers, Stop() as stop:
-        assembly.check_batches(config, mesh)
+        assembly.check_mesh(config, mesh)
         parts = assembly.parts(config, workdir, mesh, begun=resuming)
         parts.source  # noqa: B018  written now, so that a cache that cannot be written is no surprise later
 

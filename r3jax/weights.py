@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from r3jax.errors import UserError
-from r3jax.model import lora, peft
+from r3jax.model import attention, lora, peft
 from r3jax.model import params as model_params
 from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face import load_hugging_face
@@ -20,7 +20,7 @@ from r3jax.text import settings
 from r3jax.text import tokenizer as tokenizers
 
 BEST_KEY = "ndcg@10/reasoning"  # on the validation split
-OURS = ("compute_dtype", "param_dtype", "remat", "lora")  # of ModelConfig: a choice of whoever trains
+OURS = ("compute_dtype", "param_dtype", "remat", "attention", "lora")  # of ModelConfig: a choice of whoever trains
 IMPORTED = "imported"  # the stage of a published checkpoint that `r3jax.convert import` made a run of
 
 
@@ -175,3 +175,10 @@ def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> ModelCo
     if tokenizer.size > model.vocab:
         raise UserError(f"config.model.vocab={model.vocab} must be at least the tokenizer's {tokenizer.size} ids.")
     return model
+
+
+def here(model: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
+    """The model with an attention kernel that runs on this mesh: a run can be read where it was not trained."""
+    platform = mesh.devices.flat[0].platform
+    known = attention.runs(model.attention, platform, model.compute_dtype)
+    return model if known else dataclasses.replace(model, attention=attention.KERNELS[0])

@@ -25,7 +25,7 @@ def identity(params, reader: Reader, max_length: int) -> dict[str, Any]:
 
 def fingerprint(params, reader: Reader) -> str:
     """sha256 (hex) over weights, sizes and tokenizer; a run and its export have the same where their dtypes are."""
-    model = dataclasses.replace(reader.model, remat="none", max_positions=0, compute_dtype="")
+    model = dataclasses.replace(reader.model, remat="none", attention="xla", max_positions=0, compute_dtype="")
     digest = hashlib.sha256(f"{model}\0".encode())
     digest.update(reader.chat.tokenizer.to_json().encode())
     for name, leaf in sorted(flatten(params).items()):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from r3jax.model.attention import attend, masked_softmax, visible
 from r3jax.model.rope import rope
 from r3jax.model.sharding import BATCH, out, place, used
 
@@ -63,6 +64,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "xla"  # of `r3jax.model.attention`; decoding has its own
     lora: Lora | None = None
 
     @property
@@ -174,17 +176,12 @@ class RMSNorm(nn.Module):
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the last axis in fp32; a row without any key stays finite."""
-    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -1e30), axis=-1)
-
-
 class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, mask, memory=None, slot=None):
-        """x [B, L, D] with mask [B, L, S=L]: attention inside the sequence.
+    def __call__(self, x, positions, seen, memory=None, slot=None):
+        """x [B, L, D] with `seen` as `attend` wants it: attention inside the sequence.
 
         With `memory` (one layer of a KVCache and prompt_valid) x holds one new token for each of L=G samples
         of a prompt: they attend to the shared prompt and to their own earlier tokens, whose slots 0..slot are
@@ -201,8 +198,7 @@ class Attention(nn.Module):
         )
         q, keys = turn(q) * h**-0.5, turn(keys)
         if memory is None:
-            weights = masked_softmax(jnp.einsum("blkmh,bskh->bkmls", q, keys), mask[:, None, None])
-            mixed = jnp.einsum("bkmls,bskh->blkmh", weights.astype(x.dtype), values)
+            mixed = attend(q, keys, values, seen, c.attention)
             state = (keys, values)
         else:
             prompt_k, prompt_v, prompt_valid, new_k, new_v = memory
@@ -214,8 +210,8 @@ class Attention(nn.Module):
             size, steps = prompt_k.shape[2], new_k.shape[3]
             filled = jnp.broadcast_to(jnp.arange(steps) <= slot, (x.shape[0], steps))
             filled = place(filled, P(BATCH, None))
-            seen = jnp.concatenate([prompt_valid, filled], axis=-1)[:, None, None, None]
-            weights = masked_softmax(scores, seen).astype(x.dtype)
+            valid = jnp.concatenate([prompt_valid, filled], axis=-1)[:, None, None, None]
+            weights = masked_softmax(scores, valid).astype(x.dtype)
             mixed = jnp.einsum("bgkmp,bkph->bgkmh", weights[..., :size], prompt_v)
             mixed += jnp.einsum("bgkmt,bgkth->bgkmh", weights[..., size:], new_v)
             state = (new_k, new_v)
@@ -238,9 +234,9 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, mask, memory=None, slot=None):
+    def __call__(self, x, positions, seen, memory=None, slot=None):
         c = self.config
-        mixed, state = Attention(c, name="attn")(RMSNorm(c, name="attn_norm")(x), positions, mask, memory, slot)
+        mixed, state = Attention(c, name="attn")(RMSNorm(c, name="attn_norm")(x), positions, seen, memory, slot)
         x = x + mixed
         x = x + MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
         return x, state
@@ -280,9 +276,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         x = Embed(c, name="embed")(tokens)
-        length = tokens.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        mask = causal & (segments[:, None, :] == segments[:, :, None]) & (segments[:, None, :] > 0)
+        seen = visible(segments) if c.attention == "xla" else segments
         block = Block
         if REMAT[c.remat] is not None:
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
@@ -293,7 +287,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
         )
-        x, cache = stack(c, name="layers")(x, positions, mask)
+        x, cache = stack(c, name="layers")(x, positions, seen)
         x = RMSNorm(c, name="final_norm")(x)
         return x, cache
 

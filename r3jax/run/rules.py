@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from r3jax.errors import UserError
+from r3jax.model.attention import KERNELS
 from r3jax.model.hub import is_hub_id
 from r3jax.model.lora import TARGETS
 from r3jax.model.qwen2 import REMAT
@@ -160,6 +161,7 @@ RULES: list[Rule] = [
     *one_of("model.compute_dtype", "float32", "bfloat16"),
     *one_of("model.param_dtype", "float32", "bfloat16"),
     *one_of("model.remat", *REMAT),
+    *one_of("model.attention", *KERNELS),
     # adapters
     *at_least(0, "lora.rank"),
     *above(0, "lora.alpha"),

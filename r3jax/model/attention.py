@@ -1,0 +1,124 @@
+"""Attention inside the rows of a batch, by a kernel of choice; all give the same, up to rounding.
+
+- `xla`: holds all scores, [B, K, M, L, L]. Runs everywhere, and is quickest for short rows.
+- `splash`: Pallas's SplashAttention for TPU. Blocks of scores only, and none above the diagonal.
+- `cudnn`: cuDNN's fused attention, for NVIDIA GPUs and bfloat16; scores never reach memory, a bit per score does.
+
+The kernels want lengths that are multiples of 128 (cuDNN's gradient has been seen to be NaN at others); shorter rows
+are padded here. In every kernel padding sees padding, so that no row is without a key.
+
+Axes: B batch, L length, K kv heads, M query heads per kv head, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from r3jax.errors import UserError
+from r3jax.model.sharding import BATCH, RULES, has_mesh
+
+KERNELS = ("xla", "splash", "cudnn")  # the first runs everywhere
+_HEADS = RULES["kv_heads"]
+_MULTIPLE = 128
+_BLOCK = 512  # of splash: the largest that divides the length is taken
+
+
+def runs(kernel: str, platform: str, compute_dtype: str) -> bool:
+    """Whether the kernel runs on devices of this platform (jax's name of it), in this dtype."""
+    return {"splash": platform == "tpu", "cudnn": (platform, compute_dtype) == ("gpu", "bfloat16")}.get(kernel, True)
+
+
+def check(kernel: str, platform: str, compute_dtype: str) -> None:
+    """UserError if the kernel does not run here."""
+    if not runs(kernel, platform, compute_dtype):
+        raise UserError(
+            f"config.model.attention={kernel!r} does not run on {platform} in {compute_dtype}: splash needs a TPU, "
+            "cudnn a GPU and config.model.compute_dtype='bfloat16'; take 'xla'."
+        )
+
+
+def visible(segments: Int[Array, "B L"] | Bool[Array, "B L"]) -> Bool[Array, "B L L"]:
+    """What a token (second axis) sees: itself and what stands before it in its own segment."""
+    length = segments.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    return causal & (segments[:, None, :] == segments[:, :, None])
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis in fp32; a row without any key stays finite."""
+    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -1e30), axis=-1)
+
+
+def attend(
+    q: Float[Array, "B L K M H"],
+    keys: Float[Array, "B L K H"],
+    values: Float[Array, "B L K H"],
+    seen: Array,
+    kernel: str = "xla",
+) -> Float[Array, "B L K M H"]:
+    """Attention of queries that are scaled already.
+
+    seen: for `xla` what `visible` gives, made once for all layers; for the others the segments [B, L].
+    """
+    if kernel == "xla":
+        weights = masked_softmax(jnp.einsum("blkmh,bskh->bkmls", q, keys), seen[:, None, None])
+        return jnp.einsum("bkmls,bskh->blkmh", weights.astype(q.dtype), values)
+    fused = {"splash": _splash, "cudnn": _cudnn}[kernel]
+    if has_mesh():  # a kernel is opaque to the partitioner: each device runs it on its rows and heads
+        kv = P(BATCH, None, _HEADS, None)
+        many = P(BATCH, None, _HEADS, None, None)
+        fused = jax.shard_map(fused, in_specs=(many, kv, kv, P(BATCH, None)), out_specs=many, check_vma=False)
+    return fused(q, keys, values, seen.astype(jnp.int32))
+
+
+def _padded(length: int, *arrays: jax.Array) -> list[jax.Array]:
+    """With the second axis filled up to `length` with zeros."""
+    return [jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)) for x in arrays]
+
+
+def _platform() -> str:
+    """Of the devices that the program is for, which need not be here."""
+    return jax.sharding.get_abstract_mesh().abstract_device.platform if has_mesh() else jax.default_backend()
+
+
+def _splash(q, keys, values, segments):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Pallas takes a while to import
+
+    batch, length, kv_heads, group, dim = q.shape
+    full = -(-length // _MULTIPLE) * _MULTIPLE
+    q, keys, values, segments = _padded(full, q, keys, values, segments)
+    q = jnp.transpose(q.reshape(batch, full, kv_heads * group, dim), (0, 2, 1, 3))
+    keys, values = (jnp.transpose(x, (0, 2, 1, 3)) for x in (keys, values))
+    size = next(s for s in (_BLOCK, _BLOCK // 2, _MULTIPLE) if full % s == 0)
+    blocks = splash.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    mask = splash.MultiHeadMask([splash.CausalMask((full, full))] * (kv_heads * group))
+    kernel = splash.make_splash_mha(
+        mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=_platform() == "cpu"
+    )
+    mixed = jax.vmap(kernel)(q, keys, values, splash.SegmentIds(segments, segments))
+    return jnp.transpose(mixed, (0, 2, 1, 3)).reshape(batch, full, kv_heads, group, dim)[:, :length]
+
+
+def _cudnn(q, keys, values, segments):
+    batch, length, kv_heads, group, dim = q.shape
+    full = -(-length // _MULTIPLE) * _MULTIPLE
+    q, keys, values, segments = _padded(full, q, keys, values, segments)
+    mixed = jax.nn.dot_product_attention(
+        q.reshape(batch, full, kv_heads * group, dim),
+        keys,
+        values,
+        mask=visible(segments)[:, None],
+        scale=1.0,
+        implementation="cudnn",
+    )
+    return mixed.reshape(batch, full, kv_heads, group, dim)[:, :length]

@@ -1,0 +1,77 @@
+"""Attention kernels against the plain one: splash interpreted on CPU, cuDNN as far as lowering for a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused
+from jax.sharding import PartitionSpec as P
+
+from r3jax.errors import UserError
+from r3jax.model import attention
+from r3jax.model.sharding import BATCH, make_mesh, place
+
+B, L, K, M, H = 4, 40, 2, 3, 16
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(B, L, K, M, H)).astype(np.float32) * H**-0.5
+    keys, values = rng.normal(size=(2, B, L, K, H)).astype(np.float32)
+    segments = np.sort(rng.integers(1, 4, (B, L)), axis=1).astype(np.int32)
+    segments[:, 33:] = 0
+    return q, keys, values, segments
+
+
+def value_and_gradients(q, keys, values, segments, kernel):
+    """What tokens that are not padding get, and the gradients of a sum of it."""
+    real = (segments > 0)[:, :, None, None, None]
+
+    def loss(q, keys, values):
+        seen = attention.visible(segments) if kernel == "xla" else segments
+        mixed = jnp.where(real, attention.attend(q, keys, values, seen, kernel), 0)
+        return jnp.sin(mixed.astype(jnp.float32)).sum(), mixed
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, keys, values)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_splash_equals_xla(inputs, sharded):
+    (_, want), gradients = jax.jit(value_and_gradients, static_argnums=4)(*inputs, "xla")
+    if sharded:
+        with jax.set_mesh(make_mesh(2, 1, 2, devices=jax.devices()[:4])):
+            kv = P(BATCH, None, "tensor", None)
+            specs = (P(BATCH, None, "tensor", None, None), kv, kv, P(BATCH, None))
+            placed = [place(jnp.asarray(x), spec) for x, spec in zip(inputs, specs, strict=True)]
+            (_, got), found = jax.jit(value_and_gradients, static_argnums=4)(*placed, "splash")
+    else:
+        (_, got), found = jax.jit(value_and_gradients, static_argnums=4)(*inputs, "splash")
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    for a, b in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [40, 192])
+def test_cudnn_is_called_with_lengths_it_can_differentiate(inputs, monkeypatch, length):
+    # Without a GPU: the checks of the installation are answered for it, the program is lowered and not run.
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0")
+    q, kv, kv2 = (jax.ShapeDtypeStruct((B, length, *x.shape[2:]), jnp.bfloat16) for x in inputs[:3])
+    segments = jax.ShapeDtypeStruct((B, length), np.int32)
+    traced = jax.jit(value_and_gradients, static_argnums=4).trace(q, kv, kv2, segments, "cudnn")
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    full = {40: 128, 192: 256}[length]
+    for call in ("__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward("):
+        line = next(line for line in text.splitlines() if call in line)
+        assert f"(tensor<{B}x{full}x{K * M}x{H}xbf16>, tensor<{B}x{full}x{K}x{H}xbf16>" in line
+
+
+def test_a_kernel_that_does_not_run_here_is_refused():
+    attention.check("xla", "cpu", "float32")
+    attention.check("splash", "tpu", "float32")
+    attention.check("cudnn", "gpu", "bfloat16")
+    for kernel, platform, dtype in (("splash", "gpu", "bfloat16"), ("cudnn", "gpu", "float32"), ("cudnn", "tpu", "x")):
+        with pytest.raises(UserError, match=f"config.model.attention='{kernel}' does not run on {platform}"):
+            attention.check(kernel, platform, dtype)
