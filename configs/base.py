@@ -78,7 +78,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "max_positions": 32768,  # as a published checkpoint gives it; only handed on by an export
                 "norm_eps": 1e-6,
                 "tied": tied,
-                # float32 or bfloat16, to multiply in and to hold the weights in; see docs/architecture.md, Dtypes.
+                # float32 or bfloat16, to multiply in and to hold the weights in; see docs/decisions.md, Dtypes.
                 "compute_dtype": "float32" if tiny else "bfloat16",
                 "param_dtype": "float32",
                 # On two cores recomputing a layer is quicker than writing its activations to memory.
