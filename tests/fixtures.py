@@ -177,8 +177,8 @@ def parts(folder: pathlib.Path, mesh: tuple[int, int, int] = (1, 1, 1), file: st
 
 def run_python(*argv: str, devices: int = 1, **kwargs) -> subprocess.Popen:
     """Starts `python argv...` at the repository's root, seeing so many fake devices."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": XLA_CACHE}
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # see conftest.py
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": XLA_CACHE}
     return subprocess.Popen(
         [sys.executable, *argv],
         cwd=ROOT,
