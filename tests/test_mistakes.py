@@ -5,9 +5,12 @@ The mistakes are in tests/mistakes; docs/mistakes.md shows them.
 
 import json
 import pathlib
+import shutil
 
+import jax
 import pytest
 
+from r3jax import __main__ as dispatcher
 from r3jax import train
 from r3jax.errors import UserError
 from tests import fixtures
@@ -50,6 +53,18 @@ def test_in_a_process_of_its_own():
     out, said = process.communicate()
     assert process.returncode == 2 and out == ""
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_run_says_nothing_about_programs_to_be_run(world, tmp_path, monkeypatch):
+    """Its config names the folder of compiled programs that it was trained with: a stranger's could hold anything."""
+    monkeypatch.chdir(world.folder)
+    run = shutil.copytree("run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"xla_cache": str(tmp_path / "theirs")}))
+    for argv in (["evaluate", f"--workdir={run}", "--data=nowhere"], ["convert", "export", str(run), "file/out"]):
+        with pytest.raises(UserError):
+            dispatcher.main(argv)
+        assert jax.config.jax_compilation_cache_dir == fixtures.XLA_CACHE
 
 
 def test_a_folder_that_nobody_may_write(world, monkeypatch):

@@ -13,6 +13,7 @@ _TRAIN = [
     ("--config.rl.group_size=many", "--config.rl.group_size must be a whole number, not 'many'"),
     ("--config.sft.learning_rate=fast", "--config.sft.learning_rate must be a number, not 'fast'"),
     ("--config.model.tied=perhaps", "--config.model.tied must be true or false, not 'perhaps'"),
+    ("--config.name=..", "config.name must be a name without a slash, not '..'"),
     ("--steps=4", "unknown flag --steps"),
     ("rl", "unexpected argument 'rl'"),
     # files and folders
@@ -21,6 +22,7 @@ _TRAIN = [
     ("--config.data.path=nowhere", "config.data.path names 'nowhere', which is not a folder"),
     ("--config.data.path=empty", "holds no corpus.jsonl"),
     ("--config.data.train_split=trian", "config.data.train_split is 'trian', but"),
+    ("--config.data.train_split=../qrels/train", "split '../qrels/train' is not in data set 'data'; use one of"),
     ("--config.data.validation_split=", "config.data.validation_split is '', but"),
     ("--config.data.eval_splits=seen,test", "config.data.eval_splits is ('seen', 'test'), but"),
     ("--config.data.eval_splits=", "config.data.eval_splits must name at least one split"),
