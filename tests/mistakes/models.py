@@ -64,6 +64,12 @@ def _no_chat_tokens(path: pathlib.Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))
 
 
+def _one_more(path: pathlib.Path) -> None:
+    words = tokenizers.Tokenizer.from_file(str(path))
+    words.add_tokens(["more"])
+    words.save(str(path))
+
+
 def _objects(path: pathlib.Path) -> None:
     np.save(path, np.array([{"any": "object"}]), allow_pickle=True)
 
@@ -128,6 +134,7 @@ _PUBLISHED = [
     ),
     ("tokenizer.json", "deleted", _gone, "bad/tokenizer.json is missing"),
     ("tokenizer.json", "without chat tokens", _no_chat_tokens, "the tokenizer has no <|endoftext|> and no <|im_st"),
+    ("tokenizer.json", "with a token more", _one_more, "bad has 512 embedding rows for the 513 ids of the tokenizer"),
     ("adapter_config.json", "beside it", _text('{"peft_type": "LORA"}'), "bad holds an adapter, not a model"),
 ]
 _ENCODED = [

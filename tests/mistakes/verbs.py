@@ -83,7 +83,7 @@ _MISTAKES = [
     ("serve run --port=many", "--port must be a whole number of at least 0, not 'many'"),
     ("serve run --port=70000", "--port=70000 cannot be bound"),
     ("serve run --api-key-file=nothing", "--api-key-file: nothing cannot be read"),
-    ("serve run --api-key-file=configs/rl.py", "--api-key-file: configs/rl.py holds no key; write one word into it"),
+    ("serve run --api-key-file=file", "--api-key-file: file holds no key; write one word into it"),
 ]
 
 MISTAKES = [command(words, says) for words, says in _MISTAKES]
