@@ -15,7 +15,7 @@ DEV := .venv/.dev-$(shell cat requirements.txt requirements-serve.txt requiremen
 BENCH := .venv-bench/.done-$(shell cat requirements.txt requirements-bench.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow chaos plan-deps lint format seeds bench clean
+.PHONY: help install train test test-slow chaos plan-deps lint format lock audit seeds bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -58,6 +58,21 @@ lint: $(DEV) ## ruff and mypy
 format: $(DEV) ## mends what ruff can mend
 	$(PY) -m ruff check --fix $(wildcard $(SOURCES))
 	$(PY) -m ruff format $(wildcard $(SOURCES))
+
+LOCK := requirements.txt requirements-serve.txt
+TOOLS := .cache/lock-tools/bin
+
+$(TOOLS):
+	$(PYTHON) -m venv .cache/lock-tools
+	$(TOOLS)/python -m pip install --quiet --no-input --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1
+	@touch $@
+
+lock: | $(TOOLS) ## requirements.lock anew: all that a run and serve install, with hashes, for Python 3.11 to 3.13
+	$(TOOLS)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-annotate \
+		--custom-compile-command "make lock" -o requirements.lock $(LOCK)
+
+audit: | $(TOOLS) ## known vulnerabilities of what requirements.lock pins; asks PyPI
+	$(TOOLS)/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 
 seeds: $(RUN) ## three seeds of the default run, and their figures
 	for seed in 0 1 2; do \

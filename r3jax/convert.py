@@ -38,6 +38,7 @@ from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face_config import read_dtype
 from r3jax.model.sharding import make_mesh
 from r3jax.results import table
+from r3jax.run import command
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.config import run_main
@@ -65,9 +66,9 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"give import SRC DST, export RUN DST or data FILES DST, then flags; see python -m {ENTRY} --help."
         )
-    command, source, target = argv[:3]
+    chosen, source, target = argv[:3]
     quiet_libraries()
-    commands[command](source, pathlib.Path(target), argv[3:])
+    commands[chosen](source, pathlib.Path(target), argv[3:])
 
 
 def import_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
@@ -149,7 +150,7 @@ def export_(source: str, target: pathlib.Path, argv: Sequence[str]) -> None:
         evaluation=evaluation(run),
         warning=warning(run, stage, config),
     )
-    jax.config.update("jax_compilation_cache_dir", config.xla_cache)
+    command.prepare(config.xla_cache if "xla_cache" in parsed.given else "")
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         params = weights.load_params(run, model, mesh, stage)

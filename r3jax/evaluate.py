@@ -91,7 +91,7 @@ def of_run(argv: list[str]) -> None:
     splits = tuple(dict.fromkeys((flags["split"] or ",".join(config.data.eval_splits)).split(",")))
     check_style(flags)
     conditions = conditions_of(flags)
-    jax.config.update("jax_compilation_cache_dir", config.xla_cache)
+    command.prepare(config.xla_cache if "xla_cache" in parsed.given else "")
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         tasks = []

@@ -33,7 +33,9 @@ WORKDIR = run_config.DEFAULT_RUNS / "studies"
 def main(argv: list[str]) -> None:
     name, *rest = argv or [""]
     if name not in STUDIES and name not in ("--help", "-h"):
-        raise UserError(f"there is no study {name!r}; name one: python -m r3jax.study {'|'.join(STUDIES)} --config=…")
+        raise UserError(
+            f"there is no study {name!r}; name one: python -m r3jax.study {'|'.join(STUDIES)} --config=FILE."
+        )
     parsed = run_config.parse(argv if name not in STUDIES else rest, f"r3jax.study {'|'.join(STUDIES)}", FLAGS)
     config = parsed.config
     seeds = _seeds(parsed.flags["seeds"] or "0,1,2")

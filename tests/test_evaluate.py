@@ -95,19 +95,6 @@ def test_budgets_conditions_and_several_data_sets(run, tmp_path, capsys):
     assert figures(second["splits"]["seen"]) == figures(found)
 
 
-@pytest.mark.parametrize(
-    "flag, said",
-    [
-        ("--budgets=4,x", "--budgets must be whole numbers"),
-        ("--conditions=direct,thinking", "there is no 'thinking'; choose some of direct"),
-        ("--format=html", "--format must be one of text, markdown, json, latex"),
-    ],
-)
-def test_mistakes(run, flag, said):
-    with pytest.raises(UserError, match=said):
-        evaluate.main([f"--workdir={run}", flag])
-
-
 def test_a_published_model_has_the_figures_of_its_run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convert.main(["export", str(run), "published"])

@@ -45,26 +45,6 @@ def test_both_forms(tmp_path, capsys):
     assert judged(data, "dev") == {"e": {"x2": 1, "new": 1, "t1 x1": 0, "newer": 0}, "f": {"newest": 1}}
 
 
-@pytest.mark.parametrize(
-    "row, said",
-    [
-        ({"query": "a"}, r't.jsonl:1: neither "positive_passages" .Tevatron. nor "pos"'),
-        ({"query": " ", "pos": ["x"]}, '"query" is empty'),
-        ({"query": "a", "pos": "x"}, '"pos" is a JSON str, not a list'),
-        ({"query": "a", "pos": [3]}, '"pos" is 3, not a string'),
-        ({"query": "a", "pos": ["x", "y"], "pos_id": ["d"]}, '"pos_id" has 1 ids for 2 texts'),
-        ({"query": "a", "pos": [""]}, '"pos" holds an empty text'),
-        ({"query": "a", "pos": [], "neg": ["x"]}, "names no positive passage"),
-        ({"query": "a", "positive_passages": ["x"]}, "holds a JSON str; write objects"),
-        ({"query": "a", "pos": ["x", "y"], "pos_id": ["d", "d"]}, "passage 'd' has two texts"),
-    ],
-)
-def test_mistakes(tmp_path, row, said):
-    with pytest.raises(UserError, match=said):
-        convert.main(["data", lines(tmp_path / "t.jsonl", [row]), str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
 def test_judgements_as_jsonl(tmp_path):
     source = lines(tmp_path / "train.jsonl", [{"query": "a", "pos": ["x", "y"], "neg": ["z"]}])
     convert.main(["data", source, str(tmp_path / "out")])

@@ -238,29 +238,6 @@ def test_a_choice_shares_the_default_run(studied, monkeypatch):
     assert {"advantage-dr_grpo", "advantage-rloo"} <= names and "advantage-grpo" not in names
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["colour"], "there is no study 'colour'; name one"),
-        ([], "there is no study ''"),
-        (["refresh", "--seeds=0,x"], "--seeds must be different whole numbers"),
-        (["refresh", "--seeds=1,1"], "--seeds must be different"),
-        (["refresh", "--out=page.txt"], "must end in .md"),
-        (["refresh", f"--out={__file__}/page.md"], "page.md cannot be written: "),
-        (["refresh", "--config.rl.steps=0"], "config.rl.steps leaves nothing to study"),
-        (["refresh", "--config.init_from=nowhere"], "nowhere holds no checkpoint of a stage; name"),
-        (["refresh", "--config.init_from=a,b"], "names 2 runs for 3 seeds"),
-        (["reward", "--config.rl.reward.k=0"], "config.rl.reward.k must be at least 1"),
-    ],
-)
-def test_mistakes_are_told_before_any_work(tmp_path, argv, message):
-    fixtures.write_dataset(tmp_path / "data")
-    given = [*argv[:1], *fixtures.flags(tmp_path), *argv[1:], f"--workdir={tmp_path / 'study'}"] if argv else []
-    with pytest.raises(UserError, match=re.escape(message)):
-        study.main(given)
-    assert not (tmp_path / "study").exists()
-
-
 def test_runs_of_another_config_are_not_taken(studied):
     folder, argv = studied
     with pytest.raises(UserError, match=r"the runs in .*study have config.index.budget=0.1, not 0.2; name another"):

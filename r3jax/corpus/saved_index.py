@@ -106,6 +106,8 @@ def open_index(folder: str | pathlib.Path, field: str = "INDEX") -> SavedIndex:
     folder = pathlib.Path(folder)
     try:
         about = manifest.read(folder / MANIFEST)
+        if "generation" not in about:
+            raise ValueError("its manifest names no generation")
         inside = folder / str(about["generation"])
         with np.load(inside / STATE, allow_pickle=False) as state:
             index = VersionedIndex.from_state(dict(state))

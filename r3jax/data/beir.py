@@ -171,7 +171,7 @@ def _read_qrels(
             value = int(grade)
             if isinstance(grade, float) and value != grade:
                 raise ValueError
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise BadLine(f"bad score {grade!r}; write a whole number such as 1") from None
         if query not in queries:
             raise BadLine(f"unknown query {query!r}; add it to queries.jsonl or delete the line")

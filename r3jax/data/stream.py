@@ -16,6 +16,7 @@ from absl import flags
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Any, np.random.Generator], Batch]
+_ENDLESS = 1 << 53  # records; grain computes lengths as floats, and fails on batches of one where it is sys.maxsize
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches made ahead, beside the device's work
 
 
@@ -65,7 +66,7 @@ def stream(
         raise ValueError(f"process_index {process_index} is outside [0, {process_count}).")
     # Random draws come before the slice: their seeds then follow the global position, not the process's own.
     records = grain.MapDataset.source(source).seed(seed).shuffle().random_map(transform).repeat()
-    batches = records[process_index::process_count].batch(batch_size // process_count)
+    batches = records[process_index:_ENDLESS:process_count].batch(batch_size // process_count)
     dataset = batches.to_iter_dataset(_READ)
     if workers:
         if not flags.FLAGS.is_parsed():  # grain's processes read absl's flags, of which we have none

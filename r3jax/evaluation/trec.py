@@ -29,7 +29,7 @@ def write_run(path: str | os.PathLike, run: Run, tag: str) -> pathlib.Path:
         for position, doc_id in enumerate(rank(scored), 1):
             for kind, word in (("query id", query_id), ("document id", doc_id), ("tag", tag)):
                 if word.split() != [word]:
-                    raise UserError(f"{path}: a TREC run cannot hold the {kind} {word!r}; remove its spaces")
+                    raise UserError(f"{path}: a TREC run cannot hold the {kind} {word!r}; remove its spaces.")
             lines.append(f"{query_id} Q0 {doc_id} {position} {float(scored[doc_id])!r} {tag}\n")
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -53,17 +53,17 @@ def read_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
         columns = line.split()
         where = f"{path}:{number}"
         if len(columns) != 6:
-            raise UserError(f"{where}: a TREC run has 6 columns, here are {len(columns)}; mend the line")
+            raise UserError(f"{where}: a TREC run has 6 columns, here are {len(columns)}; mend the line.")
         query_id, _, doc_id, _, score, _ = columns
         scored = run.setdefault(query_id, {})
         if doc_id in scored:
-            raise UserError(f"{where}: document {doc_id!r} occurs twice for query {query_id!r}; remove one")
+            raise UserError(f"{where}: document {doc_id!r} occurs twice for query {query_id!r}; remove one.")
         try:
             scored[doc_id] = float(score)
         except ValueError:
             scored[doc_id] = math.nan
         if math.isnan(scored[doc_id]):
-            raise UserError(f"{where}: the score {score!r} is not a number; mend the line")
+            raise UserError(f"{where}: the score {score!r} is not a number; mend the line.")
     return run
 
 
@@ -87,9 +87,9 @@ def read_qrels(path: str | os.PathLike) -> dict[str, dict[str, int]]:
         if number == 1 and columns[0] in ("query-id", "query_id"):
             continue
         if len(columns) not in (3, 4):
-            raise UserError(f"{path}:{number}: judgements have 3 or 4 columns, here are {len(columns)}; mend the line")
+            raise UserError(f"{path}:{number}: judgements have 3 or 4 columns, here are {len(columns)}; mend the line.")
         try:
             qrels.setdefault(columns[0], {})[columns[-2]] = int(columns[-1])
         except ValueError:
-            raise UserError(f"{path}:{number}: the grade {columns[-1]!r} is no whole number; mend the line") from None
+            raise UserError(f"{path}:{number}: the grade {columns[-1]!r} is no whole number; mend the line.") from None
     return qrels

@@ -31,10 +31,11 @@ def local_folder(name: str, field: str = "config.init_from") -> pathlib.Path:
     except Exception as e:  # whatever the network makes of it
         raise UserError(
             f"{field} names {name!r}, which is no folder here and cannot be had from the Hugging Face hub "
-            f"({_first_line(e)}); {give}."
+            f"({_said(e)}); {give}."
         ) from None
     return pathlib.Path(found)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+def _said(error: BaseException) -> str:
+    """The first sentence of what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200].rstrip(".")

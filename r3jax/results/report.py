@@ -58,7 +58,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
-        raise UserError(f"workdir: there is no folder {workdir}; give the folder of a run")
+        raise UserError(f"workdir: there is no folder {workdir}; give the folder of a run.")
     results = _load(workdir / "results.json", {})
     config = _load(workdir / "config.json", {})
     lines = curves.clean(_load_lines(workdir / "metrics.jsonl"))
@@ -85,9 +85,9 @@ def _load(path: pathlib.Path, absent: Any) -> Any:
     except FileNotFoundError:
         return absent
     except ValueError as error:
-        raise UserError(f"{path}: no valid JSON ({error}); mend or remove the file") from error
+        raise UserError(f"{path}: no valid JSON ({error}); mend or remove the file.") from error
     if not isinstance(content, type(absent)):
-        raise UserError(f"{path}: should hold a JSON {type(absent).__name__}; mend or remove the file")
+        raise UserError(f"{path}: should hold a JSON {type(absent).__name__}; mend or remove the file.")
     return content
 
 

@@ -118,10 +118,15 @@ def read(
     return Given(given, found, turned)
 
 
-def prepare() -> None:
-    """Before work starts: quiet libraries, and compiled programs kept where the runs' configs keep them."""
+def prepare(cache: str = "") -> None:
+    """Before work starts: quiet libraries, and compiled programs kept in `cache` or else where configs keep them.
+
+    `cache` is what the command line says, never what a run's folder does: such programs are run as they are.
+    """
     quiet_libraries()
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    elif not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", XLA_CACHE)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

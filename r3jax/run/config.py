@@ -86,11 +86,11 @@ def parse(
     if path:
         config = load(path)
     elif config_required:
-        raise UserError(f"--config is missing; start with: python -m {entry} --config=configs/rl.py")
+        raise UserError(f"--config is missing; start with: python -m {entry} --config=configs/rl.py.")
     elif workdir:
         config = load_saved(pathlib.Path(workdir) / SAVED_NAME)
     else:
-        raise UserError(f"--workdir is missing; name the folder of a run: python -m {entry} --workdir=runs/NAME")
+        raise UserError(f"--workdir is missing; name the folder of a run: python -m {entry} --workdir=runs/NAME.")
     for key, text in overrides:
         override(config, key, text)
     given = frozenset([key for key, _ in overrides] + ["workdir"] * bool(workdir))
@@ -140,7 +140,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     if key not in known:
         inside = [k for k in known if k.startswith(key + ".")]
         if inside:
-            raise UserError(f"--config.{key} is a group of fields; set one of them, such as --config.{inside[0]}=…")
+            raise UserError(f"--config.{key} is a group of fields; set one, such as --config.{inside[0]}=VALUE.")
         near = difflib.get_close_matches(key, known, 1) or _same_leaf(key, known)
         raise UserError(f"--config.{key}: the config has no such field{_hint(f'--config.{k}' for k in near)}.")
     value = _read(key, text, known[key])
@@ -191,7 +191,7 @@ def load_saved(path: pathlib.Path | str) -> ConfigDict:
     except FileNotFoundError:
         raise UserError(f"--workdir: there is no {path}; name the folder of a run that train.py made.") from None
     except ValueError as e:
-        raise UserError(f"{path} is not a saved config: {e}.") from None
+        raise UserError(f"{path} is not a saved config ({e}); name the folder of a run that train.py made.") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not a saved config; name the folder of a run that train.py made.")
     return ConfigDict(_tuples(saved)).lock()

@@ -70,7 +70,7 @@ def _has_tokenizer(path: str) -> bool:
 
 
 RULES: list[Rule] = [
-    Rule(("name",), lambda v: bool(v) and "/" not in v, "must be a name without a slash, not {0!r}"),
+    Rule(("name",), lambda v: v not in ("", ".", "..") and "/" not in v, "must be a name without a slash, not {0!r}"),
     *between(0, 2**31 - 1, "seed"),
     Rule(
         ("init_from", "from_scratch"),

@@ -103,7 +103,10 @@ def load(folder: str | pathlib.Path, lowercase: bool = False) -> Tokenizer:
         inner = _HFTokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"{path} is not a tokenizer file ({error}); fetch or build it again.") from None
-    found = Tokenizer(inner)
+    try:
+        found = Tokenizer(inner)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     if lowercase and not found.lowercase:
         inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     return found

@@ -1,0 +1,282 @@
+"""What must hold for any input: packing, bucketing, chunked losses, refresh decisions, the ledger of consumed ids."""
+
+import collections
+import functools
+import json
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r3jax.data.stream import stream
+from r3jax.losses import grad_cache, in_chunks, token_terms
+from r3jax.model.encoder import bucket_of, pad
+from r3jax.model.packing import pack, pack_length
+from r3jax.run.log import LEDGER, RunLog
+from r3jax.search import refresh
+
+settings.register_profile("steady", derandomize=True, deadline=None, database=None)  # the same inputs every time
+settings.load_profile("steady")
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+# --- packing and bucketing
+
+
+@st.composite
+def batches(draw):
+    """(lengths of one or two kinds of rows, shards, chunks)."""
+    shards, chunks, each = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    count = shards * chunks * each
+    lengths = st.lists(st.integers(1, 40), min_size=count, max_size=count)
+    return draw(st.lists(lengths, min_size=1, max_size=2)), shards, chunks
+
+
+@given(batches(), st.integers(0, 30))
+def test_packing_loses_doubles_and_mixes_nothing(batch, spare):
+    kinds, shards, chunks = batch
+    length = max(map(max, kinds)) + spare
+    ids = iter(range(1, 10**6))  # every token is another
+    rows = [[[next(ids) for _ in range(n)] for n in lengths] for lengths in kinds]
+    used: list[int] = []
+    packs, begins = pack(
+        [pad(kind, max(map(len, kind))) for kind in rows],
+        length=length,
+        shards=shards,
+        chunks=chunks,
+        agree=lambda most: used.append(most) or most,
+    )
+    count, most, width = packs.tokens.shape
+    assert (count, width) == (shards * chunks, length) and used[0] <= most <= used[0] + max(1, used[0] // 3)
+    seen = np.zeros((count, most * length), bool)
+    for kind, begin in zip(rows, begins, strict=True):
+        each = len(kind) // shards
+        for row, (tokens, start) in enumerate(zip(kind, begin, strict=True)):
+            group = row // each * chunks + row % each % chunks  # a shard's rows in turn go to its chunks
+            assert start // length == (start + len(tokens) - 1) // length  # whole in one pack
+            place = np.arange(start, start + len(tokens))
+            assert packs.tokens.reshape(count, -1)[group, place].tolist() == tokens
+            assert packs.positions.reshape(count, -1)[group, place].tolist() == list(range(len(tokens)))
+            numbers = packs.segments[group, start // length]
+            assert (numbers == numbers[start % length]).sum() == len(tokens) and numbers[start % length] > 0
+            assert not seen[group, place].any()
+            seen[group, place] = True
+    assert not packs.tokens.reshape(count, -1)[~seen].any() and not packs.segments.reshape(count, -1)[~seen].any()
+
+
+@given(st.integers(1, 40_000), st.integers(0, 500))
+def test_buckets_hold_their_rows_and_waste_little(length, more):
+    bucket = bucket_of(length)
+    assert length <= bucket < length + max(8, length / 4) and bucket % 8 == 0
+    assert bucket_of(bucket) == bucket <= bucket_of(length + more)
+    assert length <= pack_length(length) < 1.25 * (length + length // 4) + 8
+
+
+def test_buckets_are_few():
+    """Each is a shape to compile."""
+    assert len({bucket_of(length) for length in range(1, 32_769)}) < 50
+
+
+# --- chunked losses
+
+
+def reference_terms(hidden, table, targets, ref_hidden):
+    """numpy in float64, all logits at once: log-probability, entropy, KL(reference || policy)."""
+
+    def log_softmax(x):
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    hidden, table, ref_hidden = (np.asarray(x, np.float64) for x in (hidden, table, ref_hidden))
+    logp, ref = log_softmax(hidden @ table.T), log_softmax(ref_hidden @ table.T)
+    picked = logp[np.arange(len(targets)), targets]
+    return picked, -(np.exp(logp) * logp).sum(axis=-1), (np.exp(ref) * (ref - logp)).sum(axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def terms_and_gradient(hidden, table, targets, ref_hidden, weights, chunk):
+    """`token_terms`, and the gradient in hidden states and table of their sum with `weights` [3, N]."""
+
+    def total(hidden, table):
+        terms = token_terms(hidden, table, targets, ref_hidden=ref_hidden, chunk=chunk)
+        return sum((w * term).sum() for w, term in zip(weights, terms, strict=True)), terms
+
+    (_, terms), gradient = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, table)
+    return terms, gradient
+
+
+@settings(max_examples=25)
+@given(st.sampled_from([1, 2, 5, 20]), st.floats(0.1, 20), seeds)
+def test_token_terms_do_not_depend_on_the_chunk(chunk, scale, seed):
+    rng = np.random.default_rng(seed)
+    hidden, ref_hidden = (scale * rng.normal(size=(7, 4)).astype(np.float32) for _ in range(2))
+    table, targets = rng.normal(size=(11, 4)).astype(np.float32), rng.integers(0, 11, 7)
+    given = hidden, table, targets, ref_hidden, rng.normal(size=(3, 7)).astype(np.float32)
+    terms, gradient = terms_and_gradient(*given, chunk=chunk)
+    for found, right in zip(terms, reference_terms(hidden, table, targets, ref_hidden), strict=True):
+        np.testing.assert_allclose(found, right, rtol=2e-5, atol=2e-5 * scale)
+    for found, right in zip(gradient, terms_and_gradient(*given, chunk=20)[1], strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4 * scale)
+
+
+def tanh_and_sum(params, part):
+    return {"vector": jnp.tanh(part @ params["w"] + params["b"]), "sum": part.sum(axis=1)}
+
+
+def everyone_with_everyone(encoded):
+    """A loss in which every row meets every other."""
+    return jax.nn.logsumexp(encoded["vector"] @ encoded["vector"].T * encoded["sum"]), encoded["sum"]
+
+
+@functools.partial(jax.jit, static_argnames="chunks")
+def cached(params, batch, chunks):
+    found = grad_cache(tanh_and_sum, everyone_with_everyone, params, batch, chunks, has_aux=True)
+    return found, in_chunks(tanh_and_sum, params, batch, chunks)
+
+
+@jax.jit
+def uncached(params, batch):
+    def loss(params):
+        return everyone_with_everyone(tanh_and_sum(params, batch))
+
+    return jax.value_and_grad(loss, has_aux=True)(params), tanh_and_sum(params, batch)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from([1, 3, 4, 12]), seeds)
+def test_gradient_caching_is_the_gradient_of_the_whole_batch(chunks, seed):
+    rng = np.random.default_rng(seed)
+    params = {"w": rng.normal(size=(5, 3)).astype(np.float32), "b": rng.normal(size=3).astype(np.float32)}
+    batch = rng.normal(size=(12, 5)).astype(np.float32)
+    for found, right in zip(
+        *map(jax.tree.leaves, (cached(params, batch, chunks), uncached(params, batch))), strict=True
+    ):
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
+
+
+# --- refresh decisions
+
+
+@st.composite
+def decisions(draw):
+    """Arguments of `refresh.choose`, some of them awkward: repeats, padding, ties, a budget of nothing or of all."""
+    size, step = draw(st.integers(1, 30)), draw(st.integers(0, 9))
+    rows = st.lists(st.integers(-1, size - 1), max_size=8)
+    rollouts, found = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    rng = np.random.default_rng(draw(seeds))
+    return {
+        "versions": np.array(draw(st.lists(st.integers(0, step), min_size=size, max_size=size))),
+        "step": step,
+        "budget": draw(st.integers(0, size + 3)),
+        "positives": np.array(draw(rows), np.int64),
+        "negatives": np.array(draw(rows), np.int64),
+        "candidates": rng.integers(-1, size, (rollouts, found)),
+        "scores": rng.integers(-3, 4, (rollouts, found)) / 4,
+        "theta": rng.integers(-3, 4, rollouts) / 4,
+        "ranks": rng.integers(1, 20, rollouts),
+        "sigma": draw(st.sampled_from([0.0, 0.01, 1.0])),
+        "max_age": draw(st.none() | st.integers(0, 9)),
+        "share": draw(st.sampled_from([0.0, 0.25, 1.0])),
+    }
+
+
+def urgent(d) -> list[int]:
+    """What every policy that looks at searches must take first, by the words of `choose`'s docstring."""
+    ages = d["step"] - d["versions"]
+    oldest = sorted((row for row in range(len(ages)) if ages[row] > 0), key=lambda row: (-ages[row], row))
+    overdue = [row for row in oldest if d["max_age"] is not None and ages[row] > d["max_age"]]
+    returned = set(d["candidates"].ravel().tolist())
+    order = [row for row in overdue if row in returned] + overdue + [*d["positives"], *d["negatives"]]
+    return [row for row in dict.fromkeys(map(int, order)) if row >= 0 and ages[row] > 0]
+
+
+@settings(max_examples=200)
+@given(decisions(), st.sampled_from(refresh.POLICIES))
+def test_a_refresh_keeps_to_its_budget_and_its_order(d, policy):
+    ages, before = d["step"] - d["versions"], {name: np.copy(value) for name, value in d.items()}
+    chosen = refresh.choose(policy, **d).tolist()
+    assert len(set(chosen)) == len(chosen) and all(ages[row] > 0 for row in chosen)
+    assert chosen == refresh.choose(policy, **d).tolist()
+    assert all(np.array_equal(value, before[name]) for name, value in d.items())  # given arrays stay as they are
+    stale, returned = int((ages > 0).sum()), set(d["candidates"].ravel().tolist())
+    if policy == "full":
+        assert len(chosen) == stale and np.all(np.diff(ages[chosen]) <= 0)
+        return
+    assert len(chosen) <= d["budget"]
+    if policy == "none":
+        assert chosen == []
+    elif policy == "round_robin":
+        assert (
+            len(chosen) == min(d["budget"], stale) and sorted(ages[chosen]) == sorted(ages)[len(ages) - len(chosen) :]
+        )
+    else:
+        first = urgent(d)[: d["budget"]]
+        assert chosen[: len(first)] == first
+        if policy == "hybrid":
+            assert len(chosen) == min(d["budget"], stale)  # what is left over goes to the oldest
+        else:
+            assert set(chosen[len(first) :]) <= returned
+            more = refresh.choose(policy, **d | {"budget": d["budget"] + 1}).tolist()
+            assert more[: len(chosen)] == chosen  # a larger budget takes the same, and one more
+
+
+# --- the ledger
+
+
+class Numbers:
+    """Records that are their own ids."""
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def identify(record, rng):
+    return {"id": np.int64(record)}
+
+
+def consume(workdir: pathlib.Path, records: int, batch: int, seed: int, ends: list[tuple[int, int]]) -> list[list[int]]:
+    """The ledger of a run that is killed at each (step, steps since its last checkpoint) and goes on from there."""
+    saved = (0, None, None)  # step, the iterator's state, where the log's files ended
+    for end, lost in ends:
+        step, state, offset = saved
+        batches = stream(Numbers(records), transform=identify, batch_size=batch, seed=seed)
+        if state is not None:
+            batches.set_state(state)
+        with RunLog(workdir, resume_offset=offset, quiet=True) as log:
+            while step < end:
+                step += 1
+                log.consumed("sft", step, next(batches)["id"].tolist(), skipped=False)
+                if step == max(saved[0], end - lost):
+                    saved = (step, batches.get_state(), log.offset)
+    lines = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, ends[-1][0] + 1))
+    return [line["rows"] for line in lines]
+
+
+@settings(max_examples=12)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 6),
+    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=4),
+)
+def test_kills_leave_a_ledger_without_lost_or_doubled_ids(records, batch, seed, kills):
+    ends = [*sorted(kills), (10, 0)]
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        killed = consume(pathlib.Path(one), records, batch, seed, ends)
+        assert killed == consume(pathlib.Path(other), records, batch, seed, [(10, 0)])
+    ids = sum(killed, [])
+    for epoch in (ids[i : i + records] for i in range(0, len(ids), records)):
+        assert max(collections.Counter(epoch).values()) == 1 and set(epoch) <= set(range(records))
+    assert len(ids) == 10 * batch
