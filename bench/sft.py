@@ -32,6 +32,7 @@ def pairs_of(it: models.Ours):
     data = beir.load(models.DATA)
     records = [
         {
+            "query_row": data.query_row[query],
             "query": data.query_texts[data.query_row[query]],
             "positives": rows,
             "thought": " ".join(data.doc_texts[rows[0] : rows[0] + 4]),

@@ -67,6 +67,8 @@ _TRAIN = [
     ("--config.index.policy=newest", "config.index.policy must be one of none, round_robin,"),
     ("--config.index.kind=faiss", "config.index.kind must be one of exact, scann, not 'faiss'"),
     ("--config.model.remat=some", "config.model.remat must be one of none, dots, full, not 'some'"),
+    ("--config.model.attention=flash", "config.model.attention must be one of xla, splash, cudnn, not 'flash'"),
+    ("--config.model.attention=splash", "config.model.attention='splash' does not run on cpu in float32"),
     ("--config.model.compute_dtype=fp32", "config.model.compute_dtype must be one of float32, bfloat16"),
     ("--config.data.on_error=ignore", "config.data.on_error must be one of strict, skip, not 'ignore'"),
     # adapters
