@@ -7,7 +7,7 @@ import pytest
 
 from r3jax.losses import grad_cache
 from r3jax.model.encoder import embed
-from r3jax.model.packing import last_vectors, pack, packed_states, pick
+from r3jax.model.packing import last_vectors, pack, packed_states, pick, share_beginnings
 from r3jax.model.qwen2 import hidden_states
 from r3jax.model.sharding import batch_parts, make_mesh, put_batch
 from tests.tiny_model import padded, sizes, weights
@@ -26,7 +26,7 @@ def test_every_row_is_whole_and_alone(shards, chunks):
     packs, begins = pack(kinds, length=32, shards=shards, chunks=chunks)
     groups = shards * chunks
     assert packs.tokens.shape[0] == groups and packs.tokens.shape[2] == 32
-    tokens, positions, segments = (x.reshape(groups, -1) for x in packs)
+    tokens, positions, segments = (x.reshape(groups, -1) for x in packs[:3])
     used = np.zeros(tokens.shape, int)
     for (ids, lengths), begin in zip(kinds, begins, strict=True):
         for row in range(24):
@@ -84,6 +84,29 @@ def test_states_are_those_of_the_rows_by_themselves(mesh):
         want = np.asarray(hidden_states(params, CONFIG, tokens, lengths))
         np.testing.assert_allclose(states[valid], want[valid], atol=1e-5)
         np.testing.assert_allclose(vectors, embed(params, CONFIG, tokens, lengths), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_texts_that_share_their_beginning_are_read_as_by_themselves(size):
+    rng = np.random.default_rng(6)
+    starts = np.array([5, 1, 7], np.int32)
+    lengths = starts[:, None] + rng.integers(1, 6, (3, 4)).astype(np.int32)
+    tokens = rng.integers(1, CONFIG.vocab, (3, 4, 13)).astype(np.int32)
+    for b, start in enumerate(starts):
+        tokens[b, :, :start] = tokens[b, :1, :start]
+    kinds, goes_on = share_beginnings(tokens, starts, lengths, size)
+    assert sum(int(kind.lengths.sum()) for kind in kinds) == lengths.sum() - (4 - 4 // size) * starts.sum()
+    packs, begins = pack(kinds, length=48, shards=1)
+    begins = np.repeat(np.stack(begins, 1), size, axis=1)
+    params = weights(CONFIG)
+    states = np.asarray(packed_states(params, CONFIG, packs)[0])
+    want = np.asarray(hidden_states(params, CONFIG, tokens.reshape(12, -1), lengths.ravel())).reshape(3, 4, 13, -1)
+    for b, start in enumerate(starts):
+        for g, end in enumerate(lengths[b]):
+            begin = begins[b, g]
+            np.testing.assert_allclose(states[begin : begin + start], want[b, g, :start], atol=1e-5)
+            own = begin + goes_on[b, g]
+            np.testing.assert_allclose(states[own : own + end - start], want[b, g, start:end], atol=1e-5)
 
 
 def test_gradient_caching_takes_packs_apart_as_it_does_rows():

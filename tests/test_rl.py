@@ -214,6 +214,18 @@ def test_rewards_are_those_of_the_rows_encoded_anew(parts, weights, batch):
     assert batch["rewards"].std() > 0.01
 
 
+def test_completions_in_one_row_teach_what_they_teach_in_rows_of_their_own(parts, weights, plain, monkeypatch):
+    batch, _, want = plain[0][0]
+    assert batch["packs"].branches.max() == 4
+    monkeypatch.setattr(rl, "SHARED_ROW", 0)
+    [(apart, _, got)], _ = play(parts, weights, 1)
+    assert apart["packs"].branches.max() == 1
+    assert np.count_nonzero(apart["packs"].segments) > 1.3 * np.count_nonzero(batch["packs"].segments)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
+
+
 def test_the_policy_is_the_one_that_sampled(plain):
     """One update per batch: the ratio is 1 and nothing is clipped, at every step."""
     for _, _, metrics in plain[0]:
@@ -431,8 +443,7 @@ def test_a_refilled_step_resumes_alike_and_compiles_nothing_more(folder, weights
         other = assembly.make_stage("rl", parts, None)
         other.resume(*kept)
         again, stats = other.next_batch(state, 4)
-        for name, want in jax.device_get(rows[-1][0]).items():
-            np.testing.assert_array_equal(again[name], want)
+        jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(rows[-1][0]))
         assert stats["refill/share"] == rows[-1][1]["refill/share"]
         assert other.stream_state() == stage.stream_state()
 
@@ -477,7 +488,8 @@ def test_a_reward_that_is_not_finite_stops_by_name_or_drops_its_group(folder, we
 def test_a_mesh_gives_the_rewards_and_losses_of_one_device(folder, weights, plain):
     (batch, stats, metrics), _ = plain[0]
     [(split, split_stats, split_metrics)], _ = play(fixtures.parts(folder, (1, 4, 2)), weights, 1)
-    for name in batch.keys() - {"packs", "begins", "doc_packs", "doc_begins"}:  # where rows lie is each device's affair
+    # Where rows lie is each device's affair.
+    for name in batch.keys() - {"packs", "prompt_ends", "begins", "doc_packs", "doc_begins"}:
         if batch[name].dtype.kind == "f":
             np.testing.assert_allclose(split[name], batch[name], atol=1e-4, err_msg=name)
         else:
@@ -533,8 +545,7 @@ def test_a_resumed_stage_samples_and_rewards_alike(parts, weights, plain):
         batch, stats = other.next_batch(state, 2)
         batch = jax.device_get(batch)
     want, want_stats, _ = plain[0][1]
-    for name in want:
-        np.testing.assert_array_equal(batch[name], want[name])
+    jax.tree.map(np.testing.assert_array_equal, batch, want)
     timeless = {k for k in stats if not k.startswith("time/")}
     assert timeless == {k for k in want_stats if not k.startswith("time/")}
     assert {k: stats[k] for k in timeless} == {k: want_stats[k] for k in timeless}

@@ -38,11 +38,16 @@ def check(kernel: str, platform: str, compute_dtype: str) -> None:
         )
 
 
-def visible(segments: Int[Array, "B L"] | Bool[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """What a token (second axis) sees: itself and what stands before it in its own segment."""
+def visible(
+    segments: Int[Array, "B L"] | Bool[Array, "B L"], branches: Int[Array, "B L"] | None = None
+) -> Bool[Array, "B L L"]:
+    """What a token (second axis) sees: itself and what stands before it in its own segment, and there in branch 0 or
+    its own branch."""
     length = segments.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    return causal & (segments[:, None, :] == segments[:, :, None])
+    seen = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, None, :] == segments[:, :, None])
+    if branches is not None:
+        seen &= (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+    return seen
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -59,7 +64,7 @@ def attend(
 ) -> Float[Array, "B L K M H"]:
     """Attention of queries that are scaled already.
 
-    seen: for `xla` what `visible` gives, made once for all layers; for the others the segments [B, L].
+    seen: what `visible` gives, made once for all layers; for `splash`, which knows no branches, the segments [B, L].
     """
     if kernel == "xla":
         weights = masked_softmax(jnp.einsum("blkmh,bskh->bkmls", q, keys), seen[:, None, None])
@@ -68,8 +73,9 @@ def attend(
     if has_mesh():  # a kernel is opaque to the partitioner: each device runs it on its rows and heads
         kv = P(BATCH, None, _HEADS, None)
         many = P(BATCH, None, _HEADS, None, None)
-        fused = jax.shard_map(fused, in_specs=(many, kv, kv, P(BATCH, None)), out_specs=many, check_vma=False)
-    return fused(q, keys, values, seen.astype(jnp.int32))
+        seen_spec = P(BATCH, *[None] * (seen.ndim - 1))
+        fused = jax.shard_map(fused, in_specs=(many, kv, kv, seen_spec), out_specs=many, check_vma=False)
+    return fused(q, keys, values, seen)
 
 
 def _padded(length: int, *arrays: jax.Array) -> list[jax.Array]:
@@ -87,7 +93,7 @@ def _splash(q, keys, values, segments):
 
     batch, length, kv_heads, group, dim = q.shape
     full = -(-length // _MULTIPLE) * _MULTIPLE
-    q, keys, values, segments = _padded(full, q, keys, values, segments)
+    q, keys, values, segments = _padded(full, q, keys, values, segments.astype(jnp.int32))
     q = jnp.transpose(q.reshape(batch, full, kv_heads * group, dim), (0, 2, 1, 3))
     keys, values = (jnp.transpose(x, (0, 2, 1, 3)) for x in (keys, values))
     size = next(s for s in (_BLOCK, _BLOCK // 2, _MULTIPLE) if full % s == 0)
@@ -109,15 +115,17 @@ def _splash(q, keys, values, segments):
     return jnp.transpose(mixed, (0, 2, 1, 3)).reshape(batch, full, kv_heads, group, dim)[:, :length]
 
 
-def _cudnn(q, keys, values, segments):
+def _cudnn(q, keys, values, seen):
     batch, length, kv_heads, group, dim = q.shape
     full = -(-length // _MULTIPLE) * _MULTIPLE
-    q, keys, values, segments = _padded(full, q, keys, values, segments)
+    q, keys, values = _padded(full, q, keys, values)
+    more = (0, full - length)
+    seen = jnp.pad(seen, [(0, 0), more, more]) | jnp.eye(full, dtype=bool)
     mixed = jax.nn.dot_product_attention(
         q.reshape(batch, full, kv_heads * group, dim),
         keys,
         values,
-        mask=visible(segments)[:, None],
+        mask=seen[:, None],
         scale=1.0,
         implementation="cudnn",
     )

@@ -1,8 +1,9 @@
 """Packing: several short rows in one long one, so that hardly any padding is computed.
 
 Rows of a batch are put into packs of one length, whole and one after the other; a token sees its own row only. What a
-row would give by itself it gives in a pack, up to rounding. Packs are made on the host and per group of rows: a group
-is what one device computes of one chunk (gradient caching), so nothing ever crosses devices.
+row would give by itself it gives in a pack, up to rounding. Texts with one beginning can share it (`share_beginnings`):
+such a row branches, and a token sees what all branches share and its own. Packs are made on the host and per group of
+rows: a group is what one device computes of one chunk (gradient caching), so nothing ever crosses devices.
 
 Axes: B rows of each kind, N groups, M = B / N rows of a group, P packs of a group, L pack length, W window, D width.
 """
@@ -31,12 +32,25 @@ class Packs(NamedTuple):
     """Rows laid out in packs, each leaf [N, P, L]."""
 
     tokens: Any
-    positions: Any  # within the token's own row, from 0
+    positions: Any  # within the token's own text, from 0
     segments: Any  # which row of its pack, from 1; 0 is padding
+    branches: Any = None  # which branch of its row, from 1; 0 is what all of them share. None: no row branches
+
+
+class Branching(NamedTuple):
+    """Rows that branch, right-padded."""
+
+    tokens: np.ndarray  # [B, any width]
+    lengths: np.ndarray  # [B]
+    positions: np.ndarray  # as tokens, of `Packs`
+    branches: np.ndarray
+
+
+Kind = tuple[np.ndarray, np.ndarray] | Branching
 
 
 def pack(
-    kinds: Sequence[tuple[np.ndarray, np.ndarray]],
+    kinds: Sequence[Kind],
     *,
     length: int,
     shards: int,
@@ -46,7 +60,8 @@ def pack(
     """Packs right-padded rows (numpy); best fit, the longest first.
 
     Args:
-      kinds: (tokens [B, any width], lengths [B]) of each kind of row; row i of every kind is in the same group.
+      kinds: (tokens [B, any width], lengths [B]) of each kind of row, or all of them `Branching`; row i of every kind
+        is in the same group.
       length: of a pack; no row may be longer. See `pack_length`.
       shards: into how many parts this process's rows are split over devices.
       chunks: into how many parts each of those is split by gradient caching, which takes every `chunks`-th row.
@@ -59,21 +74,21 @@ def pack(
     count = len(kinds[0][1])
     if count % (shards * chunks):
         raise ValueError(f"{count} rows cannot be split into {shards} shards of {chunks} chunks.")
-    longest = max(int(lengths.max(initial=1)) for _, lengths in kinds)
+    longest = max(int(lengths.max(initial=1)) for _, lengths, *_ in kinds)
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into packs of {length}.")
     groups = np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
-    placed = [_best_fit(np.concatenate([lengths[rows] for _, lengths in kinds]), length) for rows in groups]
+    placed = [_best_fit(np.concatenate([lengths[rows] for _, lengths, *_ in kinds]), length) for rows in groups]
     most = (agree or _largest)(max(used for _, _, used in placed))
     # At most an eighth more, of a few packs a third: each number is a shape of its own to compile.
     step = max(1, (1 << most.bit_length()) // (16 if most > 16 else 4))
     most = -(-most // step) * step
 
     shape = (len(groups), most * length)
-    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    tokens, positions, segments, branches = (np.zeros(shape, np.int32) for _ in range(4))
     begins = [np.zeros(count, np.int32) for _ in kinds]
     for n, (rows, (starts, numbers, _)) in enumerate(zip(groups, placed, strict=True)):
-        for kind, ((ids, lengths), begin) in enumerate(zip(kinds, begins, strict=True)):
+        for kind, ((ids, lengths, *inside), begin) in enumerate(zip(kinds, begins, strict=True)):
             part = slice(kind * len(rows), (kind + 1) * len(rows))
             begin[rows] = starts[part]
             sizes = lengths[rows]
@@ -81,9 +96,44 @@ def pack(
             offset = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
             target = starts[part][owner] + offset
             tokens[n, target] = ids[rows[owner], offset]
-            positions[n, target] = offset
+            positions[n, target] = inside[0][rows[owner], offset] if inside else offset
             segments[n, target] = numbers[part][owner]
-    return Packs(*(x.reshape(len(groups), most, length) for x in (tokens, positions, segments))), begins
+            if inside:
+                branches[n, target] = inside[1][rows[owner], offset]
+    leaves = (tokens, positions, segments, *([branches] if isinstance(kinds[0], Branching) else []))
+    return Packs(*(x.reshape(len(groups), most, length) for x in leaves)), begins
+
+
+def share_beginnings(
+    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, size: int
+) -> tuple[list[Branching], np.ndarray]:
+    """Texts that begin alike as rows that hold the beginning once: a G-th of the work on long prompts.
+
+    Args:
+      tokens, lengths: right-padded texts [B, G, any width] and [B, G].
+      starts: how many tokens the G texts share [B].
+      size: how many texts to a row; it divides G.
+
+    Returns:
+      G / size kinds of rows for `pack`, and where each text goes on in its row [B, G]: at the place of token `starts`.
+    """
+    count, group, _ = tokens.shape
+    own = lengths - starts[:, None]
+    kinds, goes_on = [], np.zeros((count, group), np.int32)
+    for first in range(0, group, size):
+        mine = slice(first, first + size)
+        ends = starts[:, None] + np.cumsum(own[:, mine], axis=1)
+        goes_on[:, mine] = ends - own[:, mine]
+        ids, positions, branches = np.zeros((3, count, ends.max()), np.int32)
+        for b, start in enumerate(starts):
+            ids[b, :start], positions[b, :start] = tokens[b, first, :start], np.arange(start)
+            for branch, text in enumerate(range(first, first + size), 1):
+                place, n = goes_on[b, text], own[b, text]
+                ids[b, place : place + n] = tokens[b, text, start : start + n]
+                positions[b, place : place + n] = start + np.arange(n)
+                branches[b, place : place + n] = branch
+        kinds.append(Branching(ids, ends[:, -1].astype(np.int32), positions, branches))
+    return kinds, goes_on
 
 
 def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -117,7 +167,7 @@ def packed_states(params, config: ModelConfig, packs: Packs, dropout: jax.Array 
     """
     count, most, length = packs.tokens.shape
     spec = P(BATCH, None)
-    flat = (jnp.reshape(x, (count * most, length), out_sharding=out(spec)) for x in packs)
+    flat = jax.tree.map(lambda x: jnp.reshape(x, (count * most, length), out_sharding=out(spec)), packs)
     rngs = None if dropout is None else {"dropout": dropout}
     hidden = Decoder(config).apply({"params": params}, *flat, rngs=rngs)[0]
     return jnp.reshape(hidden, (count, most * length, -1), out_sharding=out(P(BATCH, None, None)))

@@ -268,15 +268,20 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segments: Int[Array, "B L"] | Bool[Array, "B L"]
+        self,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"],
+        segments: Int[Array, "B L"] | Bool[Array, "B L"],
+        branches: Int[Array, "B L"] | None = None,
     ):
         """Returns hidden [B, L, D] and the keys and values of all layers, each [layers, B, L, K, H].
 
-        A token sees what stands before it in its own segment, and itself; segment 0 (False) is padding.
+        A token sees what stands before it in its own segment, and itself; segment 0 (False) is padding. Where a segment
+        has branches it sees those of branch 0 and of its own.
         """
         c = self.config
         x = Embed(c, name="embed")(tokens)
-        seen = visible(segments) if c.attention == "xla" else segments
+        seen = segments if c.attention == "splash" else visible(segments, branches)
         block = Block
         if REMAT[c.remat] is not None:
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)

@@ -27,7 +27,7 @@ from r3jax.errors import UserError
 from r3jax.losses import in_chunks, info_nce
 from r3jax.model.encoder import bucket_of, encode_rows, pad
 from r3jax.model.lora import join
-from r3jax.model.packing import last_vectors, pack, pack_length, packed_states, pick
+from r3jax.model.packing import last_vectors, pack, pack_length, packed_states, pick, share_beginnings
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import BATCH, batch_parts, batch_share, out, own_rows, place, put_batch
 from r3jax.processes import here
@@ -38,6 +38,8 @@ from r3jax.stages.sft import Lengths
 from r3jax.stages.state import TrainState, apply, value_and_grad
 from r3jax.stages.tokens import answer_terms, answer_window, fill
 from r3jax.text.prompts import ChatFormat
+
+SHARED_ROW = 512  # tokens at most in a row that several completions of a prompt share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,7 @@ class RL:
         )
         self._samples: list[dict] = []
         self._chunks = chunks
+        self._shared = _shared(chat.reasoning_extra + lengths.query, policy.max_new, group, model)
         self.update = jax.jit(partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0)
 
     @property
@@ -188,16 +191,22 @@ class RL:
 
     def packed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A host batch, with its rollouts and documents in packs too."""
-        shards = batch_parts(self.mesh) // batch_share(self.mesh)[1]
-        for rows, ends, packs, begins in (
-            ("tokens", "lengths", "packs", "begins"),
-            ("docs", "doc_lengths", "doc_packs", "doc_begins"),
-        ):
-            tokens, lengths = batch[rows], batch[ends]
-            kinds = [(tokens[:, i], lengths[:, i]) for i in range(lengths.shape[1])]
-            made, starts = pack(kinds, length=pack_length(tokens.shape[2]), shards=shards, chunks=self._chunks)
-            batch = batch | {packs: made, begins: np.stack(starts, 1)}
-        return batch
+        to_packs = partial(pack, shards=batch_parts(self.mesh) // batch_share(self.mesh)[1], chunks=self._chunks)
+        starts = batch["starts"][:, 0]
+        kinds, goes_on = share_beginnings(batch["tokens"], starts, batch["lengths"], self._shared)
+        longest = batch["tokens"].shape[2] + (self._shared - 1) * batch["mask"].shape[2]
+        packs, begins = to_packs(kinds, length=pack_length(longest))
+        begins = np.repeat(np.stack(begins, 1), self._shared, axis=1)
+        docs, ends = batch["docs"], batch["doc_lengths"]
+        doc_kinds = [(docs[:, i], ends[:, i]) for i in range(docs.shape[1])]
+        doc_packs, doc_begins = to_packs(doc_kinds, length=pack_length(docs.shape[2]))
+        return batch | {
+            "packs": packs,
+            "prompt_ends": begins + starts[:, None] - 1,
+            "begins": begins + goes_on,
+            "doc_packs": doc_packs,
+            "doc_begins": np.stack(doc_begins, 1),
+        }
 
     def consumed(self) -> list[int]:
         return self.collector.consumed
@@ -239,6 +248,16 @@ class RL:
                 self._samples.append(row | {"tokens": int(done.lengths[i, j] - 1)})
 
 
+def _shared(prompt: int, new: int, group: int, model: ModelConfig) -> int:
+    """How many completions of a prompt (at most so many tokens each) to lay after it in one row.
+
+    The longer the row, the more attention it costs that nothing sees; and splash knows no branches.
+    """
+    if model.attention == "splash":
+        return 1
+    return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or prompt + n * new <= SHARED_ROW))
+
+
 def _sequences(groups: Groups):
     """Prompt and completion in one right-padded row: tokens [B, G, width], starts and lengths [B, G]."""
     count, group, new = groups.done.tokens.shape
@@ -258,8 +277,11 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
         return jnp.reshape(x, (count, group, *x.shape[1:]), out_sharding=out(P(BATCH, *[None] * x.ndim)))
 
     tokens, starts, lengths, begins = (_rows(part[name]) for name in ("tokens", "starts", "lengths", "begins"))
-    positions, targets, _ = answer_window(tokens, starts, lengths, policy.max_new)
-    places = begins[:, None] + positions
+    _, targets, mask = answer_window(tokens, starts, lengths, policy.max_new)
+    # The prompt's last token predicts a completion's first, each of the completion's own the next.
+    steps = jnp.arange(policy.max_new)[None, :]
+    places = jnp.where(steps == 0, _rows(part["prompt_ends"])[:, None], begins[:, None] + steps - 1)
+    places = place(jnp.where(mask, places, 0), P(BATCH, None))
     states = packed_states(params, model, part["packs"])
     terms = answer_terms(params, model, pick(states, places), targets, temperature=policy.temperature)
     result = {"logp": grouped(terms.logp), "entropy": grouped(terms.entropy)}
@@ -268,7 +290,7 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
         ref = answer_terms(reference, model, frozen, targets, temperature=policy.temperature)
         result["ref_logp"] = grouped(jax.lax.stop_gradient(ref.logp))
     if policy.contrastive_weight:
-        result["vectors"] = grouped(last_vectors(states, begins, lengths))
+        result["vectors"] = grouped(last_vectors(states, begins, lengths - starts))
         per_query = part["doc_lengths"].shape[1]
         docs = packed_states(params, model, part["doc_packs"])
         docs = last_vectors(docs, _rows(part["doc_begins"]), _rows(part["doc_lengths"]))
@@ -360,7 +382,7 @@ def update(state: TrainState, batch, *, model: ModelConfig, tx, policy: PolicyCo
 def _recomputed(state: TrainState, batch, *, model: ModelConfig, policy: PolicyConfig, chunks: int):
     """The batch with the trainer's own log-probabilities as the old ones, and the weights that make up for that."""
     only = dataclasses.replace(policy, kl_weight=0.0, contrastive_weight=0.0)
-    names = ("tokens", "starts", "lengths", "begins", "packs")
+    names = ("tokens", "starts", "lengths", "prompt_ends", "begins", "packs")
 
     def log_probs(params, part):
         return encode(params, part, model=model, reference=None, policy=only)["logp"]
