@@ -24,7 +24,7 @@ def ours(folder: str):
     from r3jax.stages.sft import Lengths
     from r3jax.stages.state import new_state, optimiser
 
-    it = models.ours(folder, remat="full")
+    it = models.ours(folder, remat="dots")
     jax.set_mesh(it.mesh)
     data = beir.load(models.DATA)
     positives = {q: [row for row in rows if row < DOCUMENTS] for q, rows in data.positives("train").items()}

@@ -1,7 +1,7 @@
 """One step of stage 1 beside torch with the same losses: python -m bench.sft [SIZE ...] [--rounds=N]
 
 Cross-entropy of the answers, InfoNCE and triplet margin over the same pairs, AdamW, float32. Ours packs rows and
-recomputes layers, as `configs/` does; torch is transformers' decoder, its rows padded to the batch's longest, the
+recomputes all of a layer but its products; torch is transformers' decoder, its rows padded to the batch's longest, the
 logits where they count, without recomputing. Both say their first loss, which must be the same. The share of the
 matmul peak counts six operations per weight and token that is no padding.
 
@@ -56,7 +56,7 @@ def ours(folder: str, pairs: int):
     from r3jax.stages import sft
     from r3jax.stages.state import new_state, optimiser
 
-    it = models.ours(folder, remat="full")
+    it = models.ours(folder, remat="dots")
     jax.set_mesh(it.mesh)
     transform = pairs_of(it)
     tx = optimiser(learning_rate=RATE, warmup=0, steps=1000, weight_decay=0.01, clip_norm=1.0)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from r3jax.model.encoder import bucket_of, embed_jit, encode_rows, normalise, pad, pool_last
+from r3jax.model import qwen2
+from r3jax.model.encoder import bucket_of, embed_jit, encode_rows, normalise, pad
 from r3jax.model.qwen2 import hidden_states
 from r3jax.model.sharding import make_mesh
 from tests.tiny_model import sizes, weights
@@ -91,12 +92,19 @@ def test_padded_lengths_waste_little_and_are_few():
     assert all(bucket_of(b) == b for b in buckets.tolist())
 
 
-def test_pad_and_pool():
+def test_pad():
     tokens, lengths = pad([[1, 2, 3], [4]], 4, 3)
     np.testing.assert_array_equal(tokens, [[1, 2, 3, 0], [4, 0, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(lengths, [3, 1, 1])
-    hidden = np.arange(24, dtype=np.float32).reshape(3, 4, 2)
-    np.testing.assert_array_equal(pool_last(hidden, lengths), [hidden[0, 2], hidden[1, 0], hidden[2, 0]])
+
+
+@pytest.mark.parametrize("unrolled", [8, 0])
+def test_last_states_are_hidden_states_at_the_last_token(monkeypatch, unrolled):
+    monkeypatch.setattr(qwen2, "UNROLLED", unrolled)
+    params = weights(CONFIG)
+    tokens, lengths = pad([[1, 2, 3, 4, 5], [4], [7, 8, 9]], 8)
+    want = hidden_states(params, CONFIG, tokens, lengths)[np.arange(3), lengths - 1]
+    np.testing.assert_allclose(qwen2.last_states(params, CONFIG, tokens, lengths), want, atol=1e-6)
 
 
 def test_normalise_is_safe_at_zero():

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from r3jax.model.qwen2 import ModelConfig, hidden_states
-from r3jax.model.sharding import BATCH, batch_parts, own_rows, place, put_batch, to_host
+from r3jax.model.qwen2 import ModelConfig, last_states
+from r3jax.model.sharding import batch_parts, own_rows, put_batch, to_host
 
 
 def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -24,15 +23,9 @@ def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
-def pool_last(hidden: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
-    """The hidden state at each row's last token."""
-    picked = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return place(picked, P(BATCH, None))
-
-
 def embed(params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"]):
     """Unit vectors [B, D] in fp32 of right-padded rows that end at the embed token."""
-    return normalise(pool_last(hidden_states(params, config, tokens, lengths), lengths))
+    return normalise(last_states(params, config, tokens, lengths))
 
 
 embed_jit = partial(jax.jit, static_argnames=("config",))(embed)

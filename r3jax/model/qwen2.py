@@ -28,6 +28,8 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+UNROLLED = 8  # layers up to which `last_states` goes layer by layer
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -180,8 +182,9 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, seen, memory=None, slot=None):
-        """x [B, L, D] with `seen` as `attend` wants it: attention inside the sequence.
+    def __call__(self, x, positions, seen, memory=None, slot=None, at=None):
+        """x [B, L, D] with `seen` as `attend` wants it: attention inside the sequence. With `at` [B] only that token of
+        each row asks, so the output is [B, 1, D].
 
         With `memory` (one layer of a KVCache and prompt_valid) x holds one new token for each of L=G samples
         of a prompt: they attend to the shared prompt and to their own earlier tokens, whose slots 0..slot are
@@ -190,15 +193,14 @@ class Attention(nn.Module):
         c = self.config
         k, m, h = c.kv_heads, c.queries_per_kv, c.head_dim
         linear = partial(Linear, config=c, bias=True)
-        q = linear((c.width,), (k, m, h), ("embed", "kv_heads", None, None), name="q")(x)
+        asking, places = (x, positions) if at is None else (token_at(x, at), token_at(positions, at))
+        q = linear((c.width,), (k, m, h), ("embed", "kv_heads", None, None), name="q")(asking)
         keys = linear((c.width,), (k, h), ("embed", "kv_heads", None), name="k")(x)
         values = linear((c.width,), (k, h), ("embed", "kv_heads", None), name="v")(x)
-        turn = partial(
-            rope, positions=positions, theta=c.rope_theta, factor=c.rope_factor, original_length=c.rope_original_length
-        )
-        q, keys = turn(q) * h**-0.5, turn(keys)
+        turn = partial(rope, theta=c.rope_theta, factor=c.rope_factor, original_length=c.rope_original_length)
+        q, keys = turn(q, positions=places) * h**-0.5, turn(keys, positions=positions)
         if memory is None:
-            mixed = attend(q, keys, values, seen, c.attention)
+            mixed = attend(q, keys, values, seen, c.attention if at is None else "xla")
             state = (keys, values)
         else:
             prompt_k, prompt_v, prompt_valid, new_k, new_v = memory
@@ -219,6 +221,13 @@ class Attention(nn.Module):
         return y, state
 
 
+def token_at(x: Float[Array, "B L *D"], at: Int[Array, "B"]) -> Float[Array, "B 1 *D"]:
+    """One token of each row."""
+    spec = P(BATCH, *[None] * (x.ndim - 1))
+    index = jnp.reshape(at, (-1, *[1] * (x.ndim - 1)), out_sharding=out(spec))
+    return place(jnp.take_along_axis(x, index, axis=1), spec)
+
+
 class MLP(nn.Module):
     config: ModelConfig
 
@@ -234,10 +243,10 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, seen, memory=None, slot=None):
+    def __call__(self, x, positions, seen, memory=None, slot=None, at=None):
         c = self.config
-        mixed, state = Attention(c, name="attn")(RMSNorm(c, name="attn_norm")(x), positions, seen, memory, slot)
-        x = x + mixed
+        mixed, state = Attention(c, name="attn")(RMSNorm(c, name="attn_norm")(x), positions, seen, memory, slot, at)
+        x = (x if at is None else token_at(x, at)) + mixed
         x = x + MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
         return x, state
 
@@ -315,6 +324,27 @@ def hidden_states(
     positions, valid = right_padded(lengths, tokens.shape[1])
     rngs = None if dropout is None else {"dropout": dropout}
     return Decoder(config).apply({"params": params}, tokens, positions, valid, rngs=rngs)[0]
+
+
+def last_states(
+    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"]
+) -> Float[Array, "B D"]:
+    """The hidden state at each right-padded row's last token: `hidden_states` there, without what nothing reads.
+
+    In the last layer only that token asks, and only it passes the MLP. To leave the last layer out of the scan its
+    weights are taken from the stack, which copies all layers' where there are many: then the gain is small too.
+    """
+    if config.layers > UNROLLED:
+        return token_at(hidden_states(params, config, tokens, lengths), lengths - 1)[:, 0]
+    positions, valid = right_padded(lengths, tokens.shape[1])
+    seen = valid if config.attention == "splash" else visible(valid)
+    *before, last = unstack(params, config)["layers"]
+    x: Any = Embed(config).apply({"params": params["embed"]}, tokens)
+    for layer in before:
+        x, _ = Block(config).apply({"params": layer}, x, positions, seen)
+    x, _ = Block(config).apply({"params": last}, x, positions, valid[:, None], at=lengths - 1)
+    x = RMSNorm(config).apply({"params": params["final_norm"]}, x)
+    return x[:, 0]
 
 
 def unembedding(params, config: ModelConfig) -> Float[Array, "V D"]:

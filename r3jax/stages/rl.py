@@ -195,8 +195,8 @@ class RL:
         starts = batch["starts"][:, 0]
         kinds, goes_on = share_beginnings(batch["tokens"], starts, batch["lengths"], self._shared)
         longest = batch["tokens"].shape[2] + (self._shared - 1) * batch["mask"].shape[2]
-        packs, begins = to_packs(kinds, length=bucket_of(longest) if self._shared > 1 else pack_length(longest))
-        begins = np.repeat(np.stack(begins, 1), self._shared, axis=1)
+        packs, rows = to_packs(kinds, length=bucket_of(longest) if self._shared > 1 else pack_length(longest))
+        begins = np.repeat(np.stack(rows, 1), self._shared, axis=1)
         docs, ends = batch["docs"], batch["doc_lengths"]
         doc_kinds = [(docs[:, i], ends[:, i]) for i in range(docs.shape[1])]
         doc_packs, doc_begins = to_packs(doc_kinds, length=pack_length(docs.shape[2]))
