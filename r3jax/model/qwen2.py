@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from r3jax.model.attention import attend, masked_softmax, visible
 from r3jax.model.rope import rope
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         c = self.config
         k, m, h = c.kv_heads, c.queries_per_kv, c.head_dim
         linear = partial(Linear, config=c, bias=True)
-        asking, places = (x, positions) if at is None else (token_at(x, at), token_at(positions, at))
+        asking, places = (x, positions) if at is None else (token_at(x, at), token_at(positions[..., None], at)[..., 0])
         q = linear((c.width,), (k, m, h), ("embed", "kv_heads", None, None), name="q")(asking)
         keys = linear((c.width,), (k, h), ("embed", "kv_heads", None), name="k")(x)
         values = linear((c.width,), (k, h), ("embed", "kv_heads", None), name="v")(x)
@@ -221,11 +221,9 @@ class Attention(nn.Module):
         return y, state
 
 
-def token_at(x: Float[Array, "B L *D"], at: Int[Array, "B"]) -> Float[Array, "B 1 *D"]:
+def token_at(x: Shaped[Array, "B L D"], at: Int[Array, "B"]) -> Shaped[Array, "B 1 D"]:
     """One token of each row."""
-    spec = P(BATCH, *[None] * (x.ndim - 1))
-    index = jnp.reshape(at, (-1, *[1] * (x.ndim - 1)), out_sharding=out(spec))
-    return place(jnp.take_along_axis(x, index, axis=1), spec)
+    return place(jnp.take_along_axis(x, at[:, None, None], axis=1), P(BATCH, None, None))
 
 
 class MLP(nn.Module):
