@@ -325,8 +325,7 @@ def test_a_stream_goes_on_where_its_state_was_taken(parts):
         other = assembly.make_stage("sft", parts, None)
         other.resume(host, json.loads(json.dumps(kept)))
         found = jax.device_get(other.next_batch(state, 2)[0])
-    for name in want:
-        np.testing.assert_array_equal(found[name], want[name])
+    jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
 def test_workers_give_the_same_batches(tmp_path):
@@ -340,6 +339,5 @@ def test_workers_give_the_same_batches(tmp_path):
         with jax.set_mesh(parts.mesh):
             stage = assembly.make_stage("sft", parts, None)
             found.append(jax.device_get(stage.next_batch(None, 1)[0]))
-    for name in found[0]:
-        np.testing.assert_array_equal(found[1][name], found[0][name])
+    jax.tree.map(np.testing.assert_array_equal, found[1], found[0])
     assert found[0]["gold"].any() and not found[0]["gold"].all()
