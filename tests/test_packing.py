@@ -7,7 +7,7 @@ import pytest
 
 from r3jax.losses import grad_cache
 from r3jax.model.encoder import embed
-from r3jax.model.packing import last_vectors, pack, packed_states, pick, share_beginnings
+from r3jax.model.packing import joined, last_vectors, pack, packed_states, pick, share_beginnings
 from r3jax.model.qwen2 import hidden_states
 from r3jax.model.sharding import batch_parts, make_mesh, put_batch
 from tests.tiny_model import padded, sizes, weights
@@ -107,6 +107,27 @@ def test_texts_that_share_their_beginning_are_read_as_by_themselves(size):
             np.testing.assert_allclose(states[begin : begin + start], want[b, g, :start], atol=1e-5)
             own = begin + goes_on[b, g]
             np.testing.assert_allclose(states[own : own + end - start], want[b, g, start:end], atol=1e-5)
+
+
+@pytest.mark.parametrize(("shards", "chunks"), [(1, 1), (2, 3)])
+def test_a_head_that_all_rows_have_is_read_once(shards, chunks):
+    head = [3, 1, 4, 1]
+    kinds = [rows(7, 12, 9), rows(8, 12, 12)]
+    for tokens, lengths in kinds:
+        tokens[:, :4] = head
+        lengths[:] = np.maximum(lengths, 5)
+    params = weights(CONFIG)
+    split = [pack([kind], length=24, shards=shards, chunks=chunks, head=head) for kind in kinds]
+    for packs, begins in (pack(kinds, length=24, shards=shards, chunks=chunks, head=head), joined(split)):
+        assert np.count_nonzero(packs.branches) == sum(int((lengths - 4).sum()) for _, lengths in kinds)
+        states = np.asarray(packed_states(params, CONFIG, packs))
+        groups = np.arange(12).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
+        for (tokens, lengths), begin in zip(kinds, begins, strict=True):
+            want = np.asarray(hidden_states(params, CONFIG, tokens, lengths))
+            for n, members in enumerate(groups):
+                for row in members:
+                    own = states[n, begin[row] + 4 : begin[row] + lengths[row]]
+                    np.testing.assert_allclose(own, want[row, 4 : lengths[row]], atol=1e-5)
 
 
 def test_gradient_caching_takes_packs_apart_as_it_does_rows():

@@ -55,6 +55,7 @@ def pack(
     length: int,
     shards: int,
     chunks: int = 1,
+    head: Sequence[int] = (),
     agree: Callable[[int], int] | None = None,
 ) -> tuple[Packs, list[np.ndarray]]:
     """Packs right-padded rows (numpy); best fit, the longest first.
@@ -65,11 +66,14 @@ def pack(
       length: of a pack; no row may be longer. See `pack_length`.
       shards: into how many parts this process's rows are split over devices.
       chunks: into how many parts each of those is split by gradient caching, which takes every `chunks`-th row.
+      head: ids that every row begins with, put once into each pack; the rows are then branches of one that fills the
+        pack. Rows no longer than the head have no place of their own, and none may be `Branching`.
       agree: from this process's number of packs to the largest over all processes; by default it asks them.
 
     Returns:
       Packs of shards * chunks groups (few different P, so that jit sees few shapes), and for each kind where its rows
-      begin, [B]: in the packs of the row's group, laid end to end.
+      begin, [B]: in the packs of the row's group, laid end to end. With a head that place is as far before what a row
+      has of its own as if the head stood there.
     """
     count = len(kinds[0][1])
     if count % (shards * chunks):
@@ -78,7 +82,9 @@ def pack(
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into packs of {length}.")
     groups = np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
-    placed = [_best_fit(np.concatenate([lengths[rows] for _, lengths, *_ in kinds]), length) for rows in groups]
+    common = len(head)
+    own = [np.maximum(lengths - common, 1) for _, lengths, *_ in kinds]
+    placed = [_best_fit(np.concatenate([sizes[rows] for sizes in own]), length - common) for rows in groups]
     most = (agree or _largest)(max(used for _, _, used in placed))
     # At most an eighth more, of a few packs a third: each number is a shape of its own to compile.
     step = max(1, (1 << most.bit_length()) // (16 if most > 16 else 4))
@@ -88,20 +94,36 @@ def pack(
     tokens, positions, segments, branches = (np.zeros(shape, np.int32) for _ in range(4))
     begins = [np.zeros(count, np.int32) for _ in kinds]
     for n, (rows, (starts, numbers, _)) in enumerate(zip(groups, placed, strict=True)):
-        for kind, ((ids, lengths, *inside), begin) in enumerate(zip(kinds, begins, strict=True)):
+        starts = starts // (length - common) * length + starts % (length - common)
+        for kind, ((ids, _, *inside), begin) in enumerate(zip(kinds, begins, strict=True)):
             part = slice(kind * len(rows), (kind + 1) * len(rows))
             begin[rows] = starts[part]
-            sizes = lengths[rows]
+            sizes = own[kind][rows]
             owner = np.repeat(np.arange(len(rows)), sizes)
-            offset = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            offset = common + np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
             target = starts[part][owner] + offset
             tokens[n, target] = ids[rows[owner], offset]
             positions[n, target] = inside[0][rows[owner], offset] if inside else offset
-            segments[n, target] = numbers[part][owner]
-            if inside:
-                branches[n, target] = inside[1][rows[owner], offset]
-    leaves = (tokens, positions, segments, *([branches] if isinstance(kinds[0], Branching) else []))
-    return Packs(*(x.reshape(len(groups), most, length) for x in leaves)), begins
+            segments[n, target] = 1 if common else numbers[part][owner]
+            if inside or common:
+                branches[n, target] = inside[1][rows[owner], offset] if inside else numbers[part][owner]
+    leaves = [tokens, positions, segments, *([branches] if common or isinstance(kinds[0], Branching) else [])]
+    packs = Packs(*(x.reshape(len(groups), most, length) for x in leaves))
+    if common:
+        packs.tokens[:, :, :common] = head
+        packs.positions[:, :, :common] = np.arange(common)
+        packs.segments[:, :, :common] = 1
+    return packs, begins
+
+
+def joined(made: Sequence[tuple[Packs, list[np.ndarray]]]) -> tuple[Packs, list[np.ndarray]]:
+    """What several calls of `pack` made, of one length and of the same groups, as though it were made by one."""
+    all_packs, begins, before = [], [], 0
+    for packs, starts in made:
+        all_packs.append(packs)
+        begins += [start + before for start in starts]
+        before += packs.tokens.shape[1] * packs.tokens.shape[2]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *all_packs), begins
 
 
 def share_beginnings(

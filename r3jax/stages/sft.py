@@ -22,7 +22,7 @@ from r3jax.data.beir import Dataset
 from r3jax.data.stream import stream
 from r3jax.losses import info_nce, triplet_margin
 from r3jax.model.lora import join
-from r3jax.model.packing import last_vectors, pack, pack_length, packed_states, pick
+from r3jax.model.packing import joined, last_vectors, pack, pack_length, packed_states, pick
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import BATCH, batch_parts, batch_share, out, place, put_batch
 from r3jax.processes import gather
@@ -165,6 +165,9 @@ class SFT:
         )
         direct = chat.direct_extra + max(lengths.query, lengths.document)
         self._chunks = chunks
+        # Instructions that all rows have in common are computed once a pack; splash knows no branches.
+        shared = model.attention != "splash"
+        self._heads = {"direct": chat.direct_head, "reasoned": chat.reasoning_head} if shared else {}
         self._doc_pack = pack_length(direct)
         self._query_pack = pack_length(max(direct, chat.reasoning_extra + lengths.query + lengths.thought + 1))
         self.update = jax.jit(
@@ -194,11 +197,17 @@ class SFT:
         shards = batch_parts(self.mesh) // self._share[1]
         to_packs = partial(pack, shards=shards, chunks=self._chunks)
         names = ("direct", "reasoned")
-        kinds = [(batch[name], batch[f"{name}_length"]) for name in names]
-        queries, begins = to_packs(kinds, length=self._query_pack)
+        queries, begins = joined(
+            [
+                to_packs(
+                    [(batch[name], batch[f"{name}_length"])], length=self._query_pack, head=self._heads.get(name, ())
+                )
+                for name in names
+            ]
+        )
         batch = batch | {f"{name}_begin": begin for name, begin in zip(names, begins, strict=True)}
         kinds = [(batch["docs"][:, i], batch["doc_lengths"][:, i]) for i in range(batch["docs"].shape[1])]
-        docs, begins = to_packs(kinds, length=self._doc_pack)
+        docs, begins = to_packs(kinds, length=self._doc_pack, head=self._heads.get("direct", ()))
         return batch | {"doc_begins": np.stack(begins, 1), "query_packs": queries, "doc_packs": docs}
 
     def consumed(self) -> list[int]:

@@ -21,6 +21,7 @@ class Prompts:
     """The fixed texts of both modes.
 
     Attributes:
+      direct_head, reasoning_head: the ids that every direct chat and every reasoning prompt begins with.
       direct_system: system turn where the text is embedded without reasoning.
       direct_assistant: the fixed answer before the embed token in that mode.
       reasoning_system: system turn where the model writes a thought, then the embed token.
@@ -56,13 +57,13 @@ class ChatFormat:
             raise UserError(f"prompts.direct_assistant contains {EMBED_TOKEN}; leave it out, it is added at the end.")
         self.tokenizer = tokenizer
         self.prompts = prompts
-        self._direct_head = self._head(prompts.direct_system)
-        self._reasoning_head = self._head(prompts.reasoning_system)
+        self.direct_head = self._head(prompts.direct_system)
+        self.reasoning_head = self._head(prompts.reasoning_system)
         self._direct_tail = [*self._tail(prompts.direct_assistant), tokenizer.embed_id]
         self._reasoning_tail = self._tail("")
         self._answer = [*tokenizer.encode(prompts.direct_assistant), tokenizer.embed_id]
-        self.direct_extra = len(self._direct_head) + len(self._direct_tail)
-        self.reasoning_extra = len(self._reasoning_head) + len(self._reasoning_tail)
+        self.direct_extra = len(self.direct_head) + len(self._direct_tail)
+        self.reasoning_extra = len(self.reasoning_head) + len(self._reasoning_tail)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the texts alone, uncut."""
@@ -70,11 +71,11 @@ class ChatFormat:
 
     def direct(self, text: Sequence[int]) -> list[int]:
         """The direct chat around the ids of a text, ending exactly at the embed token."""
-        return [*self._direct_head, *text, *self._direct_tail]
+        return [*self.direct_head, *text, *self._direct_tail]
 
     def to_reason(self, text: Sequence[int]) -> list[int]:
         """The prompt around the ids of a query, up to and including "<|im_start|>assistant\\n"."""
-        return [*self._reasoning_head, *text, *self._reasoning_tail]
+        return [*self.reasoning_head, *text, *self._reasoning_tail]
 
     def direct_after(self, unfinished: Sequence[int]) -> list[int]:
         """An answer that the model did not end (prompt and thought), followed by the fixed answer and embed token."""
