@@ -101,7 +101,7 @@ def run_stage(
                 numbers["time/update"] = now - made
                 numbers["time/step"] = (now - mark) / (step - marked)
                 mark, marked = now, step
-            waiting = (step, stage.consumed(), numbers, metrics)
+            waiting = (step, stage.consumed(), stage.samples(), numbers, metrics)
             if saving:
                 report(log, progress, stage, config, guards.skips, *waiting)
                 waiting = None
@@ -150,6 +150,7 @@ def report(
     skips: SkipGuard,
     step: int,
     rows: list[int],
+    samples: list[dict],
     numbers: dict,
     metrics: dict,
 ) -> None:
@@ -177,7 +178,7 @@ def report(
     if stage.name == "rl" or step % config.log.every == 0 or step == stage.steps:
         log.write(stage.name, step, figures)
     if config.log.samples_every and step % config.log.samples_every == 0:
-        log.samples(step, stage.samples())
+        log.samples(step, samples)
 
 
 def validate(params, parts: Parts) -> dict[str, float]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from r3jax import assembly, train
+from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.model.sharding import make_mesh
 from r3jax.results import curves
@@ -125,6 +126,14 @@ def test_the_ledger_has_each_training_record_once_an_epoch(finished):
         queries = sum(taken, [])
         for epoch in (queries[i : i + 120] for i in range(0, len(queries), 120)):
             assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(120))
+
+
+def test_samples_are_of_the_step_they_name(finished):
+    folder, _, _ = finished
+    data = beir.load(run_config.load_saved(folder / run_config.SAVED_NAME).data.path)
+    taken = {row["step"]: row["rows"] for row in lines(folder / "ledger.jsonl") if row["stage"] == "rl"}
+    for sample in lines(folder / "samples.jsonl"):
+        assert sample["query"] in {data.query_texts[row] for row in taken[sample["step"]]}
 
 
 def test_the_page_draws_what_a_run_logs(finished):
