@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: unoptimised machine code saves a third of a first run of the suite.
@@ -10,3 +12,13 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the one that starts the others, or is alone
+        os.environ["R3JAX_TESTS_SHARED"] = tempfile.mkdtemp(prefix="r3jax-tests-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["R3JAX_TESTS_SHARED"], ignore_errors=True)

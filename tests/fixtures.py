@@ -1,8 +1,8 @@
 """A data set small enough for tests, the smallest config that trains on it, and the parts of such a run."""
 
-import atexit
 import contextlib
-import functools
+import fcntl
+import hashlib
 import io
 import json
 import os
@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +190,18 @@ def run_python(*argv: str, devices: int = 1, **kwargs) -> subprocess.Popen:
     )
 
 
-TRAINED: dict[str, dict] = {}  # host weights by all that they depend on: every module's data set is the same
+def shared(name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """A folder that one of pytest's processes makes and all of them read; it goes when they end."""
+    root = pathlib.Path(os.environ["R3JAX_TESTS_SHARED"])  # conftest.py makes it
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 def trained_params(parts: Parts) -> dict:
@@ -198,9 +209,13 @@ def trained_params(parts: Parts) -> dict:
     leaves = dict(run_config.leaves(parts.config))
     given = {k: v for k, v in leaves.items() if k not in ("data.path", "data.cache")}
     key = repr((given, parts.mesh.shape, parts.dataset.fingerprint))
-    if key not in TRAINED:
-        TRAINED[key] = _trained(parts)
-    return TRAINED[key]
+
+    def make(folder: pathlib.Path) -> None:
+        np.savez(folder / "params.npz", **model_params.flatten(_trained(parts)))
+
+    folder = shared(f"trained-{hashlib.sha256(key.encode()).hexdigest()[:16]}", make)
+    with np.load(folder / "params.npz") as saved:
+        return model_params.unflatten(dict(saved))
 
 
 def _trained(parts: Parts) -> dict:
@@ -217,15 +232,17 @@ def placed(params: dict, parts: Parts) -> dict:
     return jax.device_put(params, model_params.shardings(parts.model, parts.mesh))
 
 
-@functools.cache
 def finished_run() -> tuple[pathlib.Path, str]:
     """The folder of a micro run of both stages on all fake devices, with its report, and what it printed."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="r3jax-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_dataset(folder / "data")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        train.main([*flags(folder, **FINISHED), f"--workdir={folder / 'run'}"])
-    return folder, said.getvalue()
+
+    def make(folder: pathlib.Path) -> None:
+        write_dataset(folder / "data")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            train.main([*flags(folder, **FINISHED), f"--workdir={folder / 'run'}"])
+        (folder / "said.txt").write_text(said.getvalue(), encoding="utf-8")
+
+    folder = shared("finished", make)
+    return folder, (folder / "said.txt").read_text(encoding="utf-8")
 
 
 def fake_states(params, config, packs, dropout=None):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -311,3 +312,15 @@ def test_a_kill_during_a_save_leaves_a_whole_one(tmp_path, seconds):
     state, meta = Checkpointer(tmp_path, keep_last=3).restore(None, {"x": np.zeros(4_000_000, int)})
     assert (state["x"] == meta["step"]).all()
     assert not [p.name for p in tmp_path.iterdir() if "tmp" in p.name]
+
+
+def test_a_failed_save_leaves_no_traces_of_its_late_writes(tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    for _ in range(2):  # a second one adds nothing
+        Checkpointer(tmp_path, keep_last=1).close()
+    late = types.SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed"))
+    other = types.SimpleNamespace(object=None, exc_value=RuntimeError("something else"))
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert reported == [other]

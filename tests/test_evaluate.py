@@ -42,7 +42,8 @@ def test_the_figures_are_those_of_training(run, tmp_path, capsys, stage):
     assert f"{stage}_reasoning" in said and f"results: {tmp_path}" in said
 
 
-def test_the_defaults_are_the_runs_held_out_splits_and_folder(run):
+def test_the_defaults_are_the_runs_held_out_splits_and_folder(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
     evaluate.main([f"--workdir={run}"])
     out = run / "evaluation" / "data-seen-unseen"
     assert set(json.loads((out / "evaluation.json").read_text())["splits"]) == {"seen", "unseen"}

@@ -156,10 +156,11 @@ def test_a_changed_data_set_is_refused(finished, tmp_path):
         train.main([*flags, f"--workdir={folder / 'run'}"])
 
 
-def test_a_finished_run_given_again_trains_nothing(finished, capsys):
-    folder, results, _ = finished
+def test_a_finished_run_given_again_trains_nothing(finished, tmp_path, capsys):
+    whole, results, _ = finished
+    folder = shutil.copytree(whole, tmp_path / "run")
     before = [(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")]
-    train.main([*fixtures.flags(folder.parent, **fixtures.FINISHED), f"--workdir={folder}"])
+    train.main([*fixtures.flags(whole.parent, **fixtures.FINISHED), f"--workdir={folder}"])
     assert [(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")] == before
     again = json.loads((folder / "results.json").read_text())
     assert again["p_values"] == results["p_values"] and again["refresh"] == results["refresh"]

@@ -108,7 +108,7 @@ class Environment:
                 positives=positives,
                 candidates=np.zeros((0, 1), np.int64),
             )
-            self._write_back(rows, encode, step)
+            self._write_back(rows, encode(rows), step)
         clock.lap("encode")
         own = self.index.scores(rollouts.vectors, rollouts.relevant)
         best = np.where(rollouts.relevant >= 0, own, -1.0).max(1)
@@ -132,7 +132,9 @@ class Environment:
             share=refresh.share,
         )
         clock.lap("search")
-        self._write_back(rows, encode, step)
+        vectors = encode(np.concatenate([rows, self.probes]))  # one call: a batch that is not full costs as much
+        self._write_back(rows, vectors[: len(rows)], step)
+        probe_drift = self._probe_drift(vectors[len(rows) :])
         clock.lap("encode")
         fresh = self.index.scores(rollouts.vectors, candidates)
         self._learn_drift(candidates, stale, fresh, before, step)
@@ -148,12 +150,11 @@ class Environment:
         self._ranked = candidates, fresh
         total, self.terms = self._reward(rollouts, candidates, fresh, overdue=overdue)
         clock.lap("reward")
-        probe_drift = self._probe_drift(encode)
         recall = self.index.recall_probe(rollouts.vectors[:64], k)
         if recall < refresh.rebuild_below:
             self.index.rebuild()
             self.rebuilds += 1
-        clock.lap("encode")
+        clock.lap("search")
         reencoded = int((self.index.versions == step).sum())
         stats = {f"reward/{name}": float(term.mean()) for name, term in self.terms.items()}
         stats |= {
@@ -237,14 +238,16 @@ class Environment:
 
     def _mistakes(self, rollouts: Rollouts, candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """Rows [n] of each rollout's best `fresh_negatives` irrelevant candidates, every rollout's best first."""
+        if not self.refresh.fresh_negatives:
+            return np.zeros(0, np.int64)
         wrong = ~(candidates[:, :, None] == rollouts.relevant[:, None]).any(2)
         order = np.lexsort((candidates, -np.where(wrong, scores, -np.inf)), axis=1)[:, : self.refresh.fresh_negatives]
         rows = np.where(np.take_along_axis(wrong, order, 1), np.take_along_axis(candidates, order, 1), -1)
         return rows.T.ravel()
 
-    def _write_back(self, rows: np.ndarray, encode: Encode, step: int) -> None:
+    def _write_back(self, rows: np.ndarray, vectors: np.ndarray, step: int) -> None:
         if len(rows):
-            self.index.upsert(rows, encode(rows), step)
+            self.index.upsert(rows, vectors, step)
 
     def _reward(self, rollouts: Rollouts, candidates, scores, index: Index | None = None, overdue=None):
         """Total reward and its terms, from candidates of `index` (default: our own) and what is known of their scores.
@@ -301,11 +304,9 @@ class Environment:
         renewed = (self.index.versions[candidates] == step) & (ages > 0)
         self.drift = self.drift.update(stale[renewed], fresh[renewed], ages[renewed])
 
-    def _probe_drift(self, encode: Encode) -> float:
+    def _probe_drift(self, vectors: np.ndarray) -> float:
         """1 - mean cosine between probes' stored and current vectors: how stale the index is on the whole."""
-        if not len(self.probes):
-            return 0.0
-        return float(1 - self.index.scores(encode(self.probes), self.probes[:, None]).mean())
+        return float(1 - self.index.scores(vectors, self.probes[:, None]).mean()) if len(vectors) else 0.0
 
 
 class Clock:

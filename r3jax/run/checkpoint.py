@@ -48,6 +48,8 @@ class Checkpointer:
         self.folder = pathlib.Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise UserError(f"there are no checkpoints at {folder}; train first, or name another --workdir.")
+        if not read_only:
+            _hush_late_writes()
         self._keep_last, self._best_key = keep_last, best_key
         self._scores: dict[int, float | None] = {}
         self._manager = ocp.CheckpointManager(
@@ -283,6 +285,23 @@ class Checkpointer:
             f"a checkpoint could not be written to {self.folder}: {why}; the one before is intact: make room and give "
             "the same command again."
         )
+
+
+def _hush_late_writes() -> None:
+    """Keeps a failed save to its one sentence.
+
+    When one array cannot be written, Orbax raises that and closes its event loop; tensorstore's threads then tell the
+    closed loop of the others' ends, and Python prints a trace for each, which nobody can catch.
+    """
+    before = sys.unraisablehook
+    if before.__module__ == __name__:
+        return
+
+    def report(what: Any) -> None:
+        if what.object is not None or str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = report
 
 
 def _named(tree: PyTree) -> tuple[list[str], list[Any], Any]:

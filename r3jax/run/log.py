@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 METRICS, SAMPLES, LEDGER, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "ledger.jsonl", "tensorboard"
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
@@ -54,7 +53,7 @@ class RunLog:
         if not self.console.is_terminal:
             self.console.width = PLAIN_WIDTH
         self._files: dict[str, Any] = {}
-        self._boards: dict[str, SummaryWriter] = {}
+        self._boards: dict[str, Any] = {}
         if self._writes:
             self.workdir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS, SAMPLES, LEDGER):
@@ -82,6 +81,8 @@ class RunLog:
         line = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         self._append(METRICS, {k: None if _odd(v) else v for k, v in line.items()})
         if stage not in self._boards:
+            from tensorboardX import SummaryWriter  # imports torch where there is one, which takes seconds
+
             # purge_step hides the points of an earlier attempt, from here on; the suffix keeps its file,
             # which would have the same name if it was opened in the same second
             self._boards[stage] = SummaryWriter(
