@@ -39,7 +39,7 @@ train: $(RUN) ## both stages on the bundled data set, evaluation, report (needs 
 	$(PY) -m r3jax.train --config=configs/rl.py
 
 test: $(DEV) ## the tests, without the slow ones
-	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
+	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 plan-deps: $(PY) ## the TPU compiler beside .venv's packages, for r3jax.plan: export PYTHONPATH=.venv/libtpu
 	@test -d .venv/libtpu || $(PY) -m pip install --quiet --no-deps --target .venv/libtpu -r requirements-plan.txt

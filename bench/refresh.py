@@ -1,7 +1,8 @@
 """What following the embeddings costs: 3 % of the corpus per step beside all of it: python -m bench.refresh [SIZE ...]
 
 `selective` is all that a step of stage 2 does for its rewards: search for 512 rollouts, the choice of documents, their
-encoding and upsert, ranking, rewards. `full` encodes every document anew and puts it into the index. Both in turns.
+encoding and upsert, ranking, rewards, with the default's index, policy and probes. `full` encodes every document anew
+and puts it into the index. Both in turns.
 """
 
 import statistics
@@ -14,6 +15,7 @@ from bench.turns import command, in_turns, table
 
 DOCUMENTS = {"tiny": 31164, "25m": 4000}
 ROLLOUTS, SHARE, REPEATS = 512, 0.03, 5
+LAPS = ("search", "encode", "reward")
 BATCH = {"tiny": 256, "25m": 32}
 
 
@@ -37,15 +39,15 @@ def both(folder: str, size: str):
     # Documents that have moved a little since: their own vectors would leave nothing to choose.
     moved = vectors + 0.3 * rng.normal(size=vectors.shape).astype(np.float32) / np.sqrt(vectors.shape[1])
     environment = Environment(
-        VersionedIndex.build(moved / np.linalg.norm(moved, axis=1, keepdims=True), 0, "exact"),
+        VersionedIndex.build(moved / np.linalg.norm(moved, axis=1, keepdims=True), 0, "scann"),
         RewardConfig("dcg_scaled", 10, {"retrieval": 1.0, "format": 0.1, "length": 0.1}, 4, 64, limit=64),
-        RefreshConfig("boundary", int(SHARE * count), 100, None, 0.0, 0.0),
+        RefreshConfig("hybrid", int(SHARE * count), 100, None, 0.25, 0.9),
         probes=64,
         seed=0,
     )
     step = 0
 
-    def selective() -> tuple[float, int]:
+    def selective() -> dict:
         nonlocal step
         step += 1
         relevant = rng.integers(0, count, ROLLOUTS)
@@ -54,8 +56,9 @@ def both(folder: str, size: str):
         lengths = np.full(ROLLOUTS, 20, np.int32)
         rollouts = Rollouts(near, relevant[:, None].astype(np.int32), np.ones(ROLLOUTS, bool), lengths)
         begin = time.perf_counter()
-        environment.score(rollouts, encode, step)
-        return time.perf_counter() - begin, int((environment.index.versions == step).sum())
+        _, stats = environment.score(rollouts, encode, step)
+        laps = {name: stats[f"time/{name}"] for name in LAPS}
+        return {"seconds": time.perf_counter() - begin, "encoded": stats["index/reencoded"]} | laps
 
     def full() -> float:
         begin = time.perf_counter()
@@ -64,8 +67,7 @@ def both(folder: str, size: str):
 
     def measure() -> dict:
         done = [selective() for _ in range(REPEATS)]
-        each = statistics.median(seconds for seconds, _ in done)
-        return {"seconds": each, "encoded": statistics.mean(rows for _, rows in done), "full": full()}
+        return {key: statistics.median(x[key] for x in done) for key in done[0]} | {"full": full()}
 
     for _ in range(3):
         selective()
@@ -79,12 +81,12 @@ def main(sizes: list[str], rounds: int) -> None:
         with models.folder(size) as folder:
             x = in_turns("bench.refresh", ["both"], {"folder": folder, "size": size}, min(rounds, 3))["both"]
         if "failure" in x:
-            rows.append([size, x["failure"], *[""] * 4])
+            rows.append([size, x["failure"], *[""] * 7])
             continue
         share = 100 * x["encoded"] / DOCUMENTS[size]
         figures = [f"{x['full']:.2f}", f"{x['seconds']:.3f}", f"{x['full'] / x['seconds']:.1f}", f"{share:.1f} %"]
-        rows.append([size, f"{DOCUMENTS[size]:,}", *figures])
-    head = ["", "documents", "full, s", "selective, s", "full is x times", "re-encoded"]
+        rows.append([size, f"{DOCUMENTS[size]:,}", *figures, *(f"{x[name]:.3f}" for name in LAPS)])
+    head = ["", "documents", "full, s", "selective, s", "full is x times", "re-encoded", *(f"{x}, s" for x in LAPS)]
     print(table(head, rows), "\n", flush=True)
 
 

@@ -49,54 +49,63 @@ def host_batches(transform, pairs: int) -> list[dict]:
     return [next(made) for _ in range(BATCHES)]
 
 
-def ours(folder: str, pairs: int):
-    import jax
+class Step:
+    """Our step on batches of so many pairs; each shape's compiled program is kept to be looked at."""
 
-    from r3jax.model.sharding import put_batch
-    from r3jax.stages import sft
-    from r3jax.stages.state import new_state, optimiser
+    def __init__(self, folder: str, pairs: int):
+        import jax
 
-    it = models.ours(folder, remat="dots")
-    jax.set_mesh(it.mesh)
-    transform = pairs_of(it)
-    tx = optimiser(learning_rate=RATE, warmup=0, steps=1000, weight_decay=0.01, clip_norm=1.0)
-    stage = sft.SFT(
-        source=transform.source,
-        transform=transform,
-        chat=it.chat,
-        model=it.model,
-        mesh=it.mesh,
-        tx=tx,
-        steps=1000,
-        batch_size=pairs,
-        chunks=1,
-        seed=0,
-        workers=0,
-        weights=sft.Weights(ce=1.0, kl=0.0, infonce=1.0, triplet=TRIPLET),
-        temperature=TEMPERATURE,
-        margin=MARGIN,
-    )
-    state = new_state(it.params, tx, it.mesh, False)
-    batches = host_batches(transform, pairs)
-    programs: dict = {}
-    losses: list[float] = []
+        from r3jax.stages import sft
+        from r3jax.stages.state import new_state, optimiser
 
-    def step(batch):
-        nonlocal state
-        packed = put_batch(it.mesh, stage.packed(batch))
+        it = models.ours(folder, remat="dots")
+        jax.set_mesh(it.mesh)
+        transform = pairs_of(it)
+        tx = optimiser(learning_rate=RATE, warmup=0, steps=1000, weight_decay=0.01, clip_norm=1.0)
+        self.stage = sft.SFT(
+            source=transform.source,
+            transform=transform,
+            chat=it.chat,
+            model=it.model,
+            mesh=it.mesh,
+            tx=tx,
+            steps=1000,
+            batch_size=pairs,
+            chunks=1,
+            seed=0,
+            workers=0,
+            weights=sft.Weights(ce=1.0, kl=0.0, infonce=1.0, triplet=TRIPLET),
+            temperature=TEMPERATURE,
+            margin=MARGIN,
+        )
+        self.mesh, self.state = it.mesh, new_state(it.params, tx, it.mesh, False)
+        self.batches = host_batches(transform, pairs)
+        self.programs: dict = {}
+
+    def __call__(self, batch) -> float:
+        """The loss."""
+        import jax
+
+        from r3jax.model.sharding import put_batch
+
+        packed = put_batch(self.mesh, self.stage.packed(batch))
         shapes = str(jax.tree.map(lambda x: x.shape, packed))
-        if shapes not in programs:
-            programs[shapes] = stage.update.lower(state, packed).compile()
-        state, metrics = programs[shapes](state, packed)
-        losses.append(float(metrics["loss"]))
+        if shapes not in self.programs:
+            self.programs[shapes] = self.stage.update.lower(self.state, packed).compile()
+        self.state, metrics = self.programs[shapes](self.state, packed)
+        return float(metrics["loss"])
+
+
+def ours(folder: str, pairs: int):
+    step = Step(folder, pairs)
+    losses: list[float] = []
 
     def measure() -> dict:
         begin = time.perf_counter()
-        for batch in batches:
-            step(batch)
+        losses.extend(map(step, step.batches))
         seconds = time.perf_counter() - begin
-        temp = max(program.memory_analysis().temp_size_in_bytes for program in programs.values())
-        return {"seconds": seconds, "tokens": tokens(batches), "first": losses[0], "temp": temp}
+        temp = max(program.memory_analysis().temp_size_in_bytes for program in step.programs.values())
+        return {"seconds": seconds, "tokens": tokens(step.batches), "first": losses[0], "temp": temp}
 
     measure()
     return measure

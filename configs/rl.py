@@ -12,8 +12,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = f"rl-{arg}"
     config.rl = ConfigDict(
         {
-            # tiny: reading thoughts takes long to learn. After 1,000 steps of stage 1 and 90 of this, .274 (seed 0) and
-            # .273 (seed 2) with reasoning; 180 of this, .283 (seed 0); after 800 and 250 .282 (seed 2), in the same time.
+            # tiny: reading thoughts takes long to learn. With reasoning .274 (seed 0) and .273 (seed 2) after 1,000
+            # steps of stage 1 and 90 of this, .283 (seed 0) after 1,000 and 180, .282 (seed 2) after 800 and 250.
             "steps": 250 if tiny else 500,
             "prompts": 128 if tiny else 64,
             "group_size": 4 if tiny else 8,

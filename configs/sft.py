@@ -12,8 +12,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = f"sft-{arg}"
     config.sft = ConfigDict(
         {
-            # tiny, seed 1: with reasoning .252 after 700 steps, .268 after 1,100; but a minute is better spent in stage 2
-            # (configs/rl.py), once there are writers: 550 steps leave poor ones, whose thoughts it turns to silence.
+            # tiny, seed 1: with reasoning .252 after 700 steps, .268 after 1,100, but a minute is better spent in stage
+            # 2 (configs/rl.py) once the model writes well: 550 steps leave a poor writer, which it turns to silence.
             "steps": 750 if tiny else 2000,
             "batch_size": 256,
             "chunks": 1 if tiny else 16,  # gradient caching: the same gradient in so many parts

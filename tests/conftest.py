@@ -14,6 +14,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
+# Files that take longest begin first, so that two workers end at about the same time.
+LONGEST = ("test_readme.py", "test_train.py", "test_lora_training.py", "test_study.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # the one that starts the others, or is alone
         os.environ["R3JAX_TESTS_SHARED"] = tempfile.mkdtemp(prefix="r3jax-tests-")

@@ -117,7 +117,7 @@ def test_a_head_that_all_rows_have_is_read_once(shards, chunks):
         tokens[:, :4] = head
         lengths[:] = np.maximum(lengths, 5)
     params = weights(CONFIG)
-    split = [pack([kind], length=24, shards=shards, chunks=chunks, head=head) for kind in kinds]
+    split = [pack([kind], length=24, shards=shards, chunks=chunks, head=head, few_shapes=False) for kind in kinds]
     for packs, begins in (pack(kinds, length=24, shards=shards, chunks=chunks, head=head), joined(split)):
         assert np.count_nonzero(packs.branches) == sum(int((lengths - 4).sum()) for _, lengths in kinds)
         states = np.asarray(packed_states(params, CONFIG, packs))
@@ -128,6 +128,14 @@ def test_a_head_that_all_rows_have_is_read_once(shards, chunks):
                 for row in members:
                     own = states[n, begin[row] + 4 : begin[row] + lengths[row]]
                     np.testing.assert_allclose(own, want[row, 4 : lengths[row]], atol=1e-5)
+
+
+def test_what_is_joined_is_rounded_as_a_whole():
+    full = (np.ones((17, 8), np.int32), np.full(17, 8))
+    alone, _ = pack([full], length=8, shards=1)
+    whole, _ = joined([pack([full], length=8, shards=1, few_shapes=False)] * 2)
+    assert (alone.tokens.shape[1], whole.tokens.shape[1]) == (18, 36)
+    assert (whole.segments[0, :34] == 1).all() and not whole.segments[0, 34:].any()
 
 
 def test_gradient_caching_takes_packs_apart_as_it_does_rows():

@@ -116,7 +116,6 @@ def test_every_indented_line_is_a_command_or_no_shell():
     assert {"train", "encode", "index", "search", "evaluate", "inspect", "mine", "doctor", "serve"} <= mentioned
 
 
-@pytest.mark.slow
 def test_the_readme_from_top_to_bottom(home):
     folder, _ = home
     for command in README:

@@ -57,6 +57,7 @@ def pack(
     chunks: int = 1,
     head: Sequence[int] = (),
     agree: Callable[[int], int] | None = None,
+    few_shapes: bool = True,
 ) -> tuple[Packs, list[np.ndarray]]:
     """Packs right-padded rows (numpy); best fit, the longest first.
 
@@ -69,9 +70,10 @@ def pack(
       head: ids that every row begins with, put once into each pack; the rows are then branches of one that fills the
         pack. Rows no longer than the head have no place of their own, and none may be `Branching`.
       agree: from this process's number of packs to the largest over all processes; by default it asks them.
+      few_shapes: whether P is rounded up, so that jit sees few shapes; `joined` does it for the whole.
 
     Returns:
-      Packs of shards * chunks groups (few different P, so that jit sees few shapes), and for each kind where its rows
+      Packs of shards * chunks groups, and for each kind where its rows
       begin, [B]: in the packs of the row's group, laid end to end. With a head that place is as far before what a row
       has of its own as if the head stood there.
     """
@@ -86,9 +88,7 @@ def pack(
     own = [np.maximum(lengths - common, 1) for _, lengths, *_ in kinds]
     placed = [_best_fit(np.concatenate([sizes[rows] for sizes in own]), length - common) for rows in groups]
     most = (agree or _largest)(max(used for _, _, used in placed))
-    # At most an eighth more, of a few packs a third: each number is a shape of its own to compile.
-    step = max(1, (1 << most.bit_length()) // (16 if most > 16 else 4))
-    most = -(-most // step) * step
+    most = _rounded(most) if few_shapes else most
 
     shape = (len(groups), most * length)
     tokens, positions, segments, branches = (np.zeros(shape, np.int32) for _ in range(4))
@@ -117,13 +117,19 @@ def pack(
 
 
 def joined(made: Sequence[tuple[Packs, list[np.ndarray]]]) -> tuple[Packs, list[np.ndarray]]:
-    """What several calls of `pack` made, of one length and of the same groups, as though it were made by one."""
+    """What several calls of `pack` made, of one length and of the same groups, as though it were made by one.
+
+    They are asked for without `few_shapes`: the whole is rounded up, by packs of padding.
+    """
     all_packs, begins, before = [], [], 0
     for packs, starts in made:
         all_packs.append(packs)
         begins += [start + before for start in starts]
         before += packs.tokens.shape[1] * packs.tokens.shape[2]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *all_packs), begins
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *all_packs)
+    count = whole.tokens.shape[1]
+    more = ((0, 0), (0, _rounded(count) - count), (0, 0))
+    return jax.tree.map(lambda leaf: np.pad(leaf, more), whole), begins
 
 
 def share_beginnings(
@@ -175,6 +181,12 @@ def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, i
         numbers[row] = rows + 1
         free[room - need].append((chosen, rows + 1))
     return starts, numbers, used
+
+
+def _rounded(count: int) -> int:
+    """At most an eighth more, of a few packs a third: each number of packs is a shape of its own to compile."""
+    step = max(1, (1 << count.bit_length()) // (16 if count > 16 else 4))
+    return -(-count // step) * step
 
 
 def _largest(most: int) -> int:

@@ -200,7 +200,10 @@ class SFT:
         queries, begins = joined(
             [
                 to_packs(
-                    [(batch[name], batch[f"{name}_length"])], length=self._query_pack, head=self._heads.get(name, ())
+                    [(batch[name], batch[f"{name}_length"])],
+                    length=self._query_pack,
+                    head=self._heads.get(name, ()),
+                    few_shapes=False,
                 )
                 for name in names
             ]
