@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
     def on_start() -> None:
         print(f"{name} at {at}", flush=True)
 
-    server.Server(app.make_app(served, most, key), most, on_start).run([socket])
+    guard = app.make_app(served, most, key)
+    server.Server(guard, most, on_start, guard.at_the_door).run([socket])
 
 
 def read_key(path: str) -> str:

@@ -24,8 +24,10 @@ from r3jax.errors import UserError
 from r3jax.search.index import VersionedIndex
 from r3jax.search_r3 import SearchR3
 from r3jax.serving import app, schema, server
+from r3jax.serving.guard import TOO_MANY
 from r3jax.serving.limits import Limits
 from r3jax.serving.model import Served
+from r3jax.serving.refusal import overloaded
 from tests import fixtures, http_clients
 from tests.tiny_model import weights
 
@@ -70,7 +72,8 @@ def running(served, limits=LIMITS, key=None):
     """A server of its own, and its address."""
     bound = server.bind("127.0.0.1", 0)
     started = threading.Event()
-    http = server.Server(app.make_app(served, limits, key), limits, started.set)
+    guard = app.make_app(served, limits, key)
+    http = server.Server(guard, limits, started.set, guard.at_the_door)
     thread = threading.Thread(target=http.run, args=([bound],))
     thread.start()
     assert started.wait(20)
@@ -353,6 +356,10 @@ def test_more_requests_than_are_answered_at_once(served):
         refused = httpx2.post(f"{address}/search", json={"query": "x"}, timeout=60)
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
         assert "too many requests are being answered" in refused.json()["error"]["message"]
+        # Not even the head is read to its end.
+        with socket.create_connection(address.removeprefix("http://").split(":")) as opened:
+            opened.sendall(b"POST /search HTT")
+            assert opened.makefile("rb").read() == overloaded(TOO_MANY).raw()
         assert httpx2.get(f"{address}/healthz").status_code == httpx2.get(f"{address}/metrics").status_code == 200
         slow.go.set()
         first.join()

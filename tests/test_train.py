@@ -225,7 +225,7 @@ def test_two_and_two_steps_equal_four_bit_for_bit(tmp_path, name, mesh):
 
 
 def command(folder, workdir):
-    more = {"sft__steps": 40, "rl__steps": 12, "checkpoint__every": 3, "evaluate__every": 0}
+    more = {"sft__steps": 24, "rl__steps": 9, "checkpoint__every": 3, "evaluate__every": 0}
     return ["-m", "r3jax.train", *fixtures.flags(folder, **more), f"--workdir={workdir}"]
 
 
@@ -298,12 +298,12 @@ def whole(tmp_path_factory):
 
 def test_a_run_killed_in_each_stage_ends_like_one_never_killed(whole, tmp_path):
     moment, killed = random.Random(0), tmp_path / "killed"
-    assert kill_in(whole, killed, "sft", moment.uniform(0, 0.4)) < 40
+    assert kill_in(whole, killed, "sft", moment.uniform(0, 0.4)) < 24
     at = kill_in(whole, killed, "rl", moment.uniform(0, 0.4))
-    assert at < 12
+    assert at < 9
     said = finish(whole, killed)
     assert "stage sft" not in said
-    assert any(f"stage rl: going on from step {step} of 12" in said for step in range(3, 12))
+    assert any(f"stage rl: going on from step {step} of 9" in said for step in range(3, 9))
     same_run(whole, killed, whole / "whole")
 
 

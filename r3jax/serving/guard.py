@@ -13,6 +13,7 @@ from r3jax.serving.refusal import Refusal, overloaded
 
 OPEN = ("/", "/healthz", "/openapi.json")  # without a key: nothing of the model or the documents
 LIGHT = (*OPEN, "/metrics")  # answered however busy the server is
+TOO_MANY = "too many requests are being answered; try again in a second."
 
 
 class Guard:
@@ -22,6 +23,19 @@ class Guard:
         self.app, self.limits, self.metrics = app, limits, metrics
         self.key = None if key is None else f"Bearer {key}".encode()
         self.active = 0  # requests
+        self._turned_away = overloaded(TOO_MANY).raw()
+
+    def at_the_door(self, data: bytes) -> bytes | None:
+        """The answer to a request that begins with `data` and will not be read further; None: it may go on.
+
+        To parse a head costs a full server more than it can spare: unread connections would pile up, until those that
+        it could answer wait too long.
+        """
+        path = data.split(b" ", 2)[1:2]
+        if self.active < self.limits.requests or (path and path[0].split(b"?")[0].decode("latin-1") in LIGHT):
+            return None
+        self.metrics.requests.labels("other", 503).inc()
+        return self._turned_away
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -49,7 +63,7 @@ class Guard:
         try:
             self._admit(scope)
             if self.active > self.limits.requests and scope["path"] not in LIGHT:
-                raise overloaded("too many requests are being answered; try again in a second.")
+                raise overloaded(TOO_MANY)
             body = await self._body(scope, receive)
         except Refusal as refusal:
             # What is left of the body is not read: the connection cannot go on.

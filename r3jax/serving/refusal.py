@@ -1,6 +1,7 @@
 """What the server says when it does not answer: OpenAI's error form around one sentence."""
 
 import difflib
+import http
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ class Refusal(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.content(), self.status, headers=self.headers)
+
+    def raw(self) -> bytes:
+        """The whole answer, for a connection that ends with it."""
+        answer = self.response()
+        head = [f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}".encode(), b"connection: close"]
+        return b"\r\n".join([*head, *(b": ".join(header) for header in answer.raw_headers), b"", bytes(answer.body)])
 
 
 def overloaded(message: str) -> Refusal:

@@ -31,12 +31,15 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
+AtTheDoor = Callable[[bytes], bytes | None]  # see `Guard.at_the_door`
+
+
 class Connection(H11Protocol):
     """uvicorn's, which waits without end for a request's head, and for a client to take its answer."""
 
-    def __init__(self, limits: Limits, **given):
+    def __init__(self, limits: Limits, at_the_door: AtTheDoor, **given):
         super().__init__(**given)
-        self._limits = limits
+        self._limits, self._at_the_door = limits, at_the_door
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
@@ -48,6 +51,9 @@ class Connection(H11Protocol):
         self._cancel()
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.IDLE and (answer := self._at_the_door(data)) is not None:
+            self._end(answer)
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:  # the head is there
             self._cancel()
@@ -69,18 +75,26 @@ class Connection(H11Protocol):
 
     def _refuse(self) -> None:
         said = f"the request's head did not arrive within {self._limits.head_seconds:g} s; send it faster."
-        body = bytes(Refusal(408, said).response().body)
-        head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self._end(Refusal(408, said).raw())
+
+    def _end(self, answer: bytes) -> None:
+        self._cancel()
+        self.transport.write(answer)
         self.transport.close()
 
 
 class Server(uvicorn.Server):
     """uvicorn, which would end by the signal that stopped it: whoever drained has done what was asked of him."""
 
-    def __init__(self, app, limits: Limits, on_start: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        app,
+        limits: Limits,
+        on_start: Callable[[], None] = lambda: None,
+        at_the_door: AtTheDoor = lambda data: None,
+    ):
         wait = int(limits.seconds) + 1
-        connection: Any = functools.partial(Connection, limits)
+        connection: Any = functools.partial(Connection, limits, at_the_door)
         super().__init__(
             uvicorn.Config(
                 app,
