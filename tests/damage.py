@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 
-from r3jax.run.checkpoint import Checkpointer
+from r3jax.run.checkpoint import DESCRIPTION, Checkpointer
 
 HOW = ("delete", "truncate", "flip")
 BEST = "figure"
@@ -49,6 +49,7 @@ def survive(folder: pathlib.Path, states: list, target, count: int, draw: random
     store.close()
     cases = [(file, how) for file in files(whole / "2") for how in HOW]
     draw.shuffle(cases)
+    cases.insert(0, (DESCRIPTION, "delete"))  # one that is never harmless
     cases += [(draw.choice(files(whole / "2")), "flip") for _ in range(count - len(cases))]
     fallen = 0
     for file, how in cases[:count]:
