@@ -16,14 +16,14 @@ from bench import models, peaks, sft
 from bench.turns import command, table
 
 LINE = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\(.*?metadata=\{[^}]*op_name="([^"]*)"')
-AROUND = {"while", "call", "conditional", "fusion_call"}  # their time is that of what lies within
+AROUND = {"while", "call", "conditional"}  # their time is that of what lies within
 PARTS = (
     ("MLP", "/mlp/"),
     ("projections of attention", r"/attn/[qkvo]/"),
     ("scores, soft-max, values", "/attn"),
     ("norms", "_norm"),
     ("embedding, layer loop", "Decoder"),
-    ("optimiser", "/cond|update\\)/(square|sqrt)"),
+    ("optimiser", r"/cond|update\)/(square|sqrt)"),
     ("logits and losses", ""),
 )
 PASSES = (("recomputed", "rematted_computation"), ("backward", r"transpose\("), ("forward", ""))

@@ -49,7 +49,7 @@ def survive(folder: pathlib.Path, states: list, target, count: int, draw: random
     store.close()
     cases = [(file, how) for file in files(whole / "2") for how in HOW]
     draw.shuffle(cases)
-    cases.insert(0, (DESCRIPTION, "delete"))  # one that is never harmless
+    cases[:0] = [(DESCRIPTION, how) for how in HOW]  # never harmless, whatever else is drawn
     cases += [(draw.choice(files(whole / "2")), "flip") for _ in range(count - len(cases))]
     fallen = 0
     for file, how in cases[:count]:
