@@ -83,7 +83,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             # times more slowly and misses 3 to 5 % of the neighbours.
             "tree_above": 40_000,
             "policy": "hybrid",
-            "budget": 0.05,  # share of the corpus re-encoded per step, at most; tiny: reward error .002
+            "budget": 0.03,  # share of the corpus re-encoded per step, at most
             "round_robin_share": 0.25,
             "over_retrieve": 100,
             # Steps; a document that was encoded longer ago does not rank. Needs a budget of 1 / max_age. 0: no bound.
