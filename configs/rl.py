@@ -14,7 +14,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         {
             # tiny: reading thoughts takes long to learn. With reasoning .274 (seed 0) and .273 (seed 2) after 1,000
             # steps of stage 1 and 90 of this, .283 (seed 0) after 1,000 and 180, .282 (seed 2) after 800 and 250.
-            "steps": 250 if tiny else 500,
+            "steps": 225 if tiny else 500,
             "prompts": 128 if tiny else 64,
             "group_size": 4 if tiny else 8,
             # Groups whose rewards are all equal teach the policy nothing: in so many rounds at most they are replaced
@@ -57,7 +57,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             # apart is what a thought is good for: without them the vector learns to overlook it, for any reading tells
             # random documents apart. tiny after 60 steps: .257 with 2, .261 with 4; after 90, .266 with 8 as with 4.
             "hard_negatives": 4,
-            "probe_every": 30,  # steps between comparisons with a fully re-encoded corpus; 0 for none
+            "probe_every": 45,  # steps between comparisons with a fully re-encoded corpus; 0 for none
             "reward": {
                 # dcg_scaled, ndcg, mrr, log_rank, margin; a mix such as ndcg:0.5,margin:0.5; or your own function, with
                 # the signature in r3jax/rl/rewards.py, as package.module.function.
