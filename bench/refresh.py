@@ -16,7 +16,7 @@ from bench.turns import command, in_turns, table
 DOCUMENTS = {"tiny": 31164, "25m": 4000}
 ROLLOUTS, SHARE, REPEATS = 512, 0.03, 5
 LAPS = ("search", "encode", "reward")
-BATCH = {"tiny": 256, "25m": 32}
+BATCH = {"tiny": 64, "25m": 32}
 
 
 def both(folder: str, size: str):

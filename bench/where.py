@@ -23,7 +23,7 @@ PARTS = (
     ("scores, soft-max, values", "/attn"),
     ("norms", "_norm"),
     ("embedding, layer loop", "Decoder"),
-    ("optimiser", r"/cond|update\)/(square|sqrt)"),
+    ("optimiser", r"update\)/(cond|square|sqrt)"),
     ("logits and losses", ""),
 )
 PASSES = (("recomputed", "rematted_computation"), ("backward", r"transpose\("), ("forward", ""))

@@ -74,6 +74,7 @@ def token_terms(
     *,
     ref_hidden: Float[Array, "N D"] | None = None,
     ref_unembed: Array | Callable | None = None,
+    used: Bool[Array, " N"] | None = None,
     chunk: int = 1024,
 ) -> TokenTerms:
     """Log-probability, entropy and exact KL of each token without ever holding logits [N, V].
@@ -88,6 +89,8 @@ def token_terms(
       unembed: the table [V, D], or a function from hidden states [n, D] to logits [n, V].
       ref_hidden: the frozen reference's hidden states; no gradient flows there.
       ref_unembed: its unembedding; the policy's own where not given, with the gradient cut off.
+      used: which tokens count; the terms of the others are 0, or what they would be. Texts are shorter than the window
+        they have: those that count go first, and chunks without any are left out.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, it is {chunk}")
@@ -107,11 +110,22 @@ def token_terms(
         kl = (jnp.exp(ref_logp) * (ref_logp - logp)).sum(axis=-1)
         return TokenTerms(picked, entropy, kl)
 
+    def unless_unused(part):
+        *part, used = part
+        nothing = jnp.zeros_like(part[1], jnp.float32)
+        return jax.lax.cond(used.any(), one_chunk, lambda _: TokenTerms(nothing, nothing, nothing), part)
+
     count = hidden.shape[0]
     chunks = -(-count // (chunk * _row_shards(hidden)))
-    parts = jax.tree.map(lambda x: _split(x, chunks), (hidden, targets, ref_hidden))
-    terms = jax.lax.map(one_chunk, parts)
-    return jax.tree.map(lambda x: _join(x, count), terms)
+    if used is None or chunks == 1:
+        parts = jax.tree.map(lambda x: _split(x, chunks), (hidden, targets, ref_hidden))
+        terms = jax.lax.map(one_chunk, parts)
+        return jax.tree.map(lambda x: _join(x, count), terms)
+    rows = jax.tree.map(lambda x: _filled(x, chunks), (hidden, targets, ref_hidden, used))
+    order, back = _used_first(rows[-1], chunks)
+    parts = jax.tree.map(lambda x: _split(_reordered(x, order), chunks), rows)
+    terms = jax.lax.map(unless_unused, parts)
+    return jax.tree.map(lambda x: _reordered(_join(x, rows[1].shape[0]), back)[:count], terms)
 
 
 def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: int, has_aux: bool = False):
@@ -200,12 +214,40 @@ def _split(x: jax.Array, chunks: int) -> jax.Array:
 
     Interleaved, so that n inherits a sharding of N and each device has a piece of every chunk.
     """
+    x = _filled(x, chunks)
+    return jnp.moveaxis(jnp.reshape(x, (-1, chunks, *x.shape[1:]), out_sharding=_spec(x, None)), 1, 0)
+
+
+def _filled(x: jax.Array, chunks: int) -> jax.Array:
+    """With zeros at its end, so that each device has as many rows for each chunk as for another."""
     short = -x.shape[0] % (chunks * _row_shards(x))
-    if short:
-        x = jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1)) if short else x
+
+
+def _spec(x: jax.Array, *between) -> P | None:
+    """The sharding of `x` with axes set in behind its first."""
     sharding = jax.typeof(x).sharding
-    spec = None if sharding.mesh.empty else P(sharding.spec[0], None, *sharding.spec[1:])
-    return jnp.moveaxis(jnp.reshape(x, (-1, chunks, *x.shape[1:]), out_sharding=spec), 1, 0)
+    return None if sharding.mesh.empty else P(sharding.spec[0], *between, *sharding.spec[1:])
+
+
+def _used_first(used: jax.Array, chunks: int) -> tuple[jax.Array, jax.Array]:
+    """An order of each device's rows [S, n] by which `_split` puts those that are used into its first chunks; and back.
+
+    Both are sorted out on the device: S shards never look at each other's rows.
+    """
+    shards, spec = _row_shards(used), _spec(used, None)
+    ours = jnp.reshape(used, (shards, -1), out_sharding=spec)
+    order = jnp.argsort(~ours, axis=1, stable=True)
+    order = jnp.reshape(order, (shards, chunks, -1), out_sharding=_spec(used, None, None))
+    order = jnp.reshape(order.swapaxes(1, 2), ours.shape, out_sharding=spec)
+    return order, jnp.argsort(order, axis=1)
+
+
+def _reordered(x: jax.Array, order: jax.Array) -> jax.Array:
+    """Rows [N, ...] in an order [S, n] of each shard's."""
+    ours = jnp.reshape(x, (*order.shape, *x.shape[1:]), out_sharding=_spec(x, None))
+    taken = jnp.take_along_axis(ours, order.reshape(*order.shape, *[1] * (x.ndim - 1)), axis=1)
+    return jnp.reshape(taken, x.shape, out_sharding=_spec(x))
 
 
 def _row_shards(x: jax.Array) -> int:

@@ -86,8 +86,9 @@ def test_triplet_margin_equals_torch(hard):
     assert float(triplet_margin(*[normal(B, D, seed=s) for s in range(3)], 0.2, jnp.zeros(B))) == 0.0
 
 
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("chunk", [5, 24, 1000])
-def test_token_terms_equal_torch(chunk):
+def test_token_terms_equal_torch(chunk, skip):
     rng = np.random.default_rng(2)
     targets = rng.integers(0, V, N)
     weights = rng.integers(0, 3, N).astype(np.float32)
@@ -107,6 +108,7 @@ def test_token_terms_equal_torch(chunk):
             jnp.asarray(targets),
             ref_hidden=ref_hidden,
             ref_unembed=ref_table,
+            used=jnp.asarray(weights > 0) if skip else None,
             chunk=chunk,
         )
         return ((0.3 * terms.kl - terms.logp) * weights).sum()
@@ -122,6 +124,18 @@ def test_token_terms_keep_their_order_and_the_entropy_is_torchs():
     np.testing.assert_allclose(terms.logp, picked, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(terms.entropy, torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-4)
     assert not np.asarray(terms.kl).any()
+
+
+@pytest.mark.parametrize("used", [0, 1, 8, 9, 30])
+def test_chunks_without_a_token_that_counts_are_left_out(used):
+    counts = np.zeros(30, bool)
+    counts[np.random.default_rng(0).permutation(30)[:used]] = True
+    hidden, table = normal(30, D), normal(V, D)
+    some = token_terms(hidden, table, np.arange(30) % V, used=counts, chunk=8)
+    everything = token_terms(hidden, table, np.arange(30) % V, chunk=8)
+    for term, right in zip(some, everything, strict=True):
+        np.testing.assert_allclose(term[counts], right[counts], rtol=1e-5)
+    assert np.count_nonzero(some.logp) == min(30, -(-used // 8) * 8)
 
 
 def test_the_frozen_model_has_no_divergence_from_itself_and_gets_no_gradient():
@@ -200,6 +214,8 @@ def test_a_mesh_gives_the_same_as_one_device():
         # Six tokens a chunk divide neither the tokens nor the devices.
         terms = token_terms(query, logits, a["targets"], ref_hidden=docs, chunk=6)
         language = ((terms.kl - terms.logp) * a["weights"]).sum()
+        some = token_terms(docs, logits, a["targets"], ref_hidden=query, used=a["weights"] > 1, chunk=2)
+        language += ((some.kl - some.entropy) * (a["weights"] > 1)).sum()
         cached, gradient = grad_cache(
             lambda w, rows: jnp.tanh(rows * w),
             lambda rows: info_nce(rows, rows[:, ::-1], own, a["left_out"], 0.5),

@@ -99,11 +99,11 @@ def reference_terms(hidden, table, targets, ref_hidden):
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
-def terms_and_gradient(hidden, table, targets, ref_hidden, weights, chunk):
+def terms_and_gradient(hidden, table, targets, ref_hidden, weights, used=None, *, chunk):
     """`token_terms`, and the gradient in hidden states and table of their sum with `weights` [3, N]."""
 
     def total(hidden, table):
-        terms = token_terms(hidden, table, targets, ref_hidden=ref_hidden, chunk=chunk)
+        terms = token_terms(hidden, table, targets, ref_hidden=ref_hidden, used=used, chunk=chunk)
         return sum((w * term).sum() for w, term in zip(weights, terms, strict=True)), terms
 
     (_, terms), gradient = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, table)
@@ -112,7 +112,7 @@ def terms_and_gradient(hidden, table, targets, ref_hidden, weights, chunk):
 
 @settings(max_examples=25)
 @given(st.sampled_from([1, 2, 5, 20]), st.floats(0.1, 20), seeds)
-def test_token_terms_do_not_depend_on_the_chunk(chunk, scale, seed):
+def test_token_terms_depend_neither_on_the_chunk_nor_on_what_does_not_count(chunk, scale, seed):
     rng = np.random.default_rng(seed)
     hidden, ref_hidden = (scale * rng.normal(size=(7, 4)).astype(np.float32) for _ in range(2))
     table, targets = rng.normal(size=(11, 4)).astype(np.float32), rng.integers(0, 11, 7)
@@ -120,6 +120,13 @@ def test_token_terms_do_not_depend_on_the_chunk(chunk, scale, seed):
     terms, gradient = terms_and_gradient(*given, chunk=chunk)
     for found, right in zip(terms, reference_terms(hidden, table, targets, ref_hidden), strict=True):
         np.testing.assert_allclose(found, right, rtol=2e-5, atol=2e-5 * scale)
+    for found, right in zip(gradient, terms_and_gradient(*given, chunk=20)[1], strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4 * scale)
+    used = rng.random(7) < 0.5
+    given = *given[:-1], given[-1] * used
+    terms, gradient = terms_and_gradient(*given, used, chunk=chunk)
+    for found, right in zip(terms, reference_terms(hidden, table, targets, ref_hidden), strict=True):
+        np.testing.assert_allclose(found[used], right[used], rtol=2e-5, atol=2e-5 * scale)
     for found, right in zip(gradient, terms_and_gradient(*given, chunk=20)[1], strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4 * scale)
 

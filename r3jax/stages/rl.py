@@ -199,7 +199,8 @@ class RL:
         begins = np.repeat(np.stack(rows, 1), self._shared, axis=1)
         docs, ends = batch["docs"], batch["doc_lengths"]
         doc_kinds = [(docs[:, i], ends[:, i]) for i in range(docs.shape[1])]
-        doc_packs, doc_begins = to_packs(doc_kinds, length=pack_length(docs.shape[2]))
+        head = () if self.model.attention == "splash" else self.chat.direct_head  # splash knows no branches
+        doc_packs, doc_begins = to_packs(doc_kinds, length=pack_length(docs.shape[2]), head=head)
         return batch | {
             "packs": packs,
             "prompt_ends": begins + starts[:, None] - 1,
@@ -283,11 +284,11 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
     places = jnp.where(steps == 0, _rows(part["prompt_ends"])[:, None], begins[:, None] + steps - 1)
     places = place(jnp.where(mask, places, 0), P(BATCH, None))
     states = packed_states(params, model, part["packs"])
-    terms = answer_terms(params, model, pick(states, places), targets, temperature=policy.temperature)
+    terms = answer_terms(params, model, pick(states, places), targets, mask, temperature=policy.temperature)
     result = {"logp": grouped(terms.logp), "entropy": grouped(terms.entropy)}
     if policy.kl_weight:
         frozen = pick(packed_states(reference, model, part["packs"]), places)
-        ref = answer_terms(reference, model, frozen, targets, temperature=policy.temperature)
+        ref = answer_terms(reference, model, frozen, targets, mask, temperature=policy.temperature)
         result["ref_logp"] = grouped(jax.lax.stop_gradient(ref.logp))
     if policy.contrastive_weight:
         result["vectors"] = grouped(last_vectors(states, begins, lengths - starts))

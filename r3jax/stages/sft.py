@@ -272,7 +272,7 @@ def encode(
             mask = mask & counts[:, None]
         places = begin[:, None] + positions
         ref = (reference, pick(ref_states, places)) if weights.kl else None
-        terms = answer_terms(params, model, pick(states, places), targets, ref=ref)
+        terms = answer_terms(params, model, pick(states, places), targets, mask, ref=ref)
         rows["ce"] += jnp.where(mask, -terms.logp, 0.0).sum(1)
         rows["kl"] += jnp.where(mask, terms.kl, 0.0).sum(1)
         rows["answer_tokens"] += mask.sum(1).astype(jnp.float32)

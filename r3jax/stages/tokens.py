@@ -34,16 +34,22 @@ def answer_window(
     return positions, targets, mask
 
 
-def answer_terms(params, config: ModelConfig, hidden, targets, *, ref=None, temperature: float = 1.0) -> TokenTerms:
+def answer_terms(
+    params, config: ModelConfig, hidden, targets, mask, *, ref=None, temperature: float = 1.0
+) -> TokenTerms:
     """Log-probability, entropy and KL to the reference of answer tokens, each [B, W].
 
-    hidden [B, W, D] are the states that predict `targets`, so logits are computed where they count. `ref` is
-    (reference params, reference hidden [B, W, D]). Log-probabilities are of softmax(logits / temperature).
+    hidden [B, W, D] are the states that predict `targets`, and mask [B, W] says which targets there are: logits are
+    computed where they count; elsewhere the terms mean nothing. `ref` is (reference params, reference hidden
+    [B, W, D]). Log-probabilities are of softmax(logits / temperature).
     """
     batch, width = targets.shape
 
     def flat(h):
         return jnp.reshape(h, (batch * width, -1), out_sharding=out(P(BATCH, None)))
+
+    def flat_rows(x):
+        return jnp.reshape(x, (batch * width,), out_sharding=out(P(BATCH)))
 
     def unembed(p):
         logits = head(p, config)
@@ -53,8 +59,9 @@ def answer_terms(params, config: ModelConfig, hidden, targets, *, ref=None, temp
     terms = token_terms(
         flat(hidden),
         unembed(params),
-        jnp.reshape(targets, (batch * width,), out_sharding=out(P(BATCH))),
+        flat_rows(targets),
         ref_hidden=None if ref is None else flat(ref_hidden),
         ref_unembed=None if ref is None else unembed(ref_params),
+        used=flat_rows(mask),
     )
     return jax.tree.map(lambda x: jnp.reshape(x, (batch, width), out_sharding=out(P(BATCH, None))), terms)
