@@ -145,17 +145,14 @@ def _post(path: str, body: bytes, length: int | None = None) -> bytes:
 async def _ask(where: tuple[str, int], sent: bytes) -> tuple[int, float]:
     """The status of an answer, 0 where none came, and the seconds until its end."""
     begin, loop, answer = time.monotonic(), asyncio.get_running_loop(), bytearray()
-    with socket.socket() as connection:
+    with contextlib.suppress(OSError), socket.socket() as connection:
         connection.setblocking(False)
-        try:
-            # Sent in the same breath: a client that is busy between the two would look like one that drips.
-            with contextlib.suppress(BlockingIOError):
-                connection.connect(where)
-            await loop.sock_sendall(connection, sent)
-            while data := await loop.sock_recv(connection, 1 << 16):
-                answer += data
-        except OSError:
-            pass
+        # Sent in the same breath: a client that is busy between the two would look like one that drips.
+        with contextlib.suppress(BlockingIOError):
+            connection.connect(where)
+        await loop.sock_sendall(connection, sent)
+        while data := await loop.sock_recv(connection, 1 << 16):
+            answer += data
     return int(answer[9:12] or 0), time.monotonic() - begin
 
 

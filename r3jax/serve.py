@@ -70,8 +70,7 @@ def main(argv: list[str]) -> None:
     def on_start() -> None:
         print(f"{name} at {at}", flush=True)
 
-    guard = app.make_app(served, most, key)
-    server.Server(guard, most, on_start, guard.at_the_door).run([socket])
+    server.Server(app.make_app(served, most, key), most, on_start).run([socket])
 
 
 def read_key(path: str) -> str:

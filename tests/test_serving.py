@@ -72,8 +72,7 @@ def running(served, limits=LIMITS, key=None):
     """A server of its own, and its address."""
     bound = server.bind("127.0.0.1", 0)
     started = threading.Event()
-    guard = app.make_app(served, limits, key)
-    http = server.Server(guard, limits, started.set, guard.at_the_door)
+    http = server.Server(app.make_app(served, limits, key), limits, started.set)
     thread = threading.Thread(target=http.run, args=([bound],))
     thread.start()
     assert started.wait(20)

@@ -2,13 +2,23 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
 
 from r3jax.serving.batching import Batcher, Closed, Full, Read
 from r3jax.serving.limits import Limits
 from r3jax.serving.metrics import Metrics
 from r3jax.serving.model import QUERY, Rows, Served
 from r3jax.serving.refusal import Refusal, overloaded
+
+T = TypeVar("T")
+
+SMALL = 4096  # characters, ids or numbers
+
+
+async def aside(size: int, work: Callable[..., T], *given) -> T:
+    """What `work` returns, done on a thread unless it is small: then to change threads costs more than the work."""
+    return work(*given) if size <= SMALL else await asyncio.to_thread(work, *given)
 
 
 class Desk:
@@ -28,7 +38,7 @@ class Desk:
 
     async def rows(self, mode: str, inputs: Sequence[str] | Sequence[Sequence[int]], param: str) -> Rows:
         """The rows of texts or ids; Refusal where they are too many tokens together."""
-        ids = await asyncio.to_thread(self.served.tokens, inputs)
+        ids = await aside(sum(map(len, inputs)), self.served.tokens, inputs)
         if (tokens := sum(map(len, ids))) > self.limits.tokens:
             said = (
                 f"{param} has {tokens:,} tokens, {self.limits.tokens:,} is the most of one request; send less at once."

@@ -1,6 +1,5 @@
 """The routes of OpenAI's API: vectors of texts, and the models that there are."""
 
-import asyncio
 import base64
 import json
 import time
@@ -11,7 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Response
 
 from r3jax.serving.batching import Read
-from r3jax.serving.desk import Desk
+from r3jax.serving.desk import Desk, aside
 from r3jax.serving.schema import Embeddings, Models, embedding_request
 
 CUT = "X-Cut-Inputs"  # header: how many of the texts were longer than the model reads
@@ -35,9 +34,9 @@ def router(desk: Desk, problems: dict) -> APIRouter:
             found = await desk.read(mode, rows.rows)
         written = sum(len(read.thought) + read.emitted for read in found) if mode == "query" else 0
         usage = {"prompt_tokens": rows.tokens, "total_tokens": rows.tokens + written}
-        content = await asyncio.to_thread(
-            render, found, body.model, body.dimensions, body.encoding_format == "base64", usage
-        )
+        numbers = len(found) * desk.served.width
+        as_base64 = body.encoding_format == "base64"
+        content = await aside(numbers, render, found, body.model, body.dimensions, as_base64, usage)
         headers = {CUT: str(rows.cut)} if rows.cut else {}
         return Response(content, media_type="application/json", headers=headers)
 

@@ -23,6 +23,7 @@ class Guard:
         self.app, self.limits, self.metrics = app, limits, metrics
         self.key = None if key is None else f"Bearer {key}".encode()
         self.active = 0  # requests
+        self.begun = 0  # whose heads are read, and that are not called yet
         self._turned_away = overloaded(TOO_MANY).raw()
 
     def at_the_door(self, data: bytes) -> bytes | None:
@@ -32,15 +33,22 @@ class Guard:
         it could answer wait too long.
         """
         path = data.split(b" ", 2)[1:2]
-        if self.active < self.limits.requests or (path and path[0].split(b"?")[0].decode("latin-1") in LIGHT):
+        if self.active + self.begun < self.limits.requests or (
+            path and path[0].split(b"?")[0].decode("latin-1") in LIGHT
+        ):
             return None
         self.metrics.requests.labels("other", 503).inc()
         return self._turned_away
+
+    def let_in(self) -> None:
+        """A head was read; the request's call will follow. In one round of the loop hundreds may come."""
+        self.begun += 1
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        self.begun = max(0, self.begun - 1)  # other servers do not tell of heads
         begin, status = time.perf_counter(), 500
         self.active += 1
 

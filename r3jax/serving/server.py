@@ -13,6 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from r3jax.errors import UserError
+from r3jax.serving.guard import Guard
 from r3jax.serving.limits import Limits
 from r3jax.serving.refusal import Refusal
 
@@ -31,15 +32,12 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-AtTheDoor = Callable[[bytes], bytes | None]  # see `Guard.at_the_door`
-
-
 class Connection(H11Protocol):
     """uvicorn's, which waits without end for a request's head, and for a client to take its answer."""
 
-    def __init__(self, limits: Limits, at_the_door: AtTheDoor, **given):
+    def __init__(self, limits: Limits, guard: Guard | None, **given):
         super().__init__(**given)
-        self._limits, self._at_the_door = limits, at_the_door
+        self._limits, self._guard = limits, guard
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
@@ -51,7 +49,7 @@ class Connection(H11Protocol):
         self._cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self.conn.their_state is h11.IDLE and (answer := self._at_the_door(data)) is not None:
+        if self._guard and self.conn.their_state is h11.IDLE and (answer := self._guard.at_the_door(data)) is not None:
             self._end(answer)
             return
         super().data_received(data)
@@ -59,6 +57,12 @@ class Connection(H11Protocol):
             self._cancel()
         elif self._late is None:
             self._expect_head()
+
+    def handle_events(self) -> None:
+        last = self.cycle
+        super().handle_events()
+        if self._guard and self.cycle is not last:  # the application is called in the loop's next round
+            self._guard.let_in()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -91,10 +95,10 @@ class Server(uvicorn.Server):
         app,
         limits: Limits,
         on_start: Callable[[], None] = lambda: None,
-        at_the_door: AtTheDoor = lambda data: None,
     ):
         wait = int(limits.seconds) + 1
-        connection: Any = functools.partial(Connection, limits, at_the_door)
+        guard = app if isinstance(app, Guard) else None
+        connection: Any = functools.partial(Connection, limits, guard)
         super().__init__(
             uvicorn.Config(
                 app,
