@@ -272,10 +272,10 @@ def test_a_plan_for_graphics_processors(capsys, monkeypatch, tmp_path):
     sent = {c["kind"]: c for c in step["parts"][0]["collectives"]}
     # Each chip reduces the gradients of all weights at least once.
     assert sent["all-reduce"]["operand_bytes"] >= 4 * search.weights(config)
-    # 32 rows of 40 tokens a chip, whose keys and values are all wanted (the table is looked up); the rest of the only
+    # 8 rows of 40 tokens a chip, whose keys and values are all wanted (the table is looked up); the rest of the only
     # layer, the scores and what they mix, for the last token.
     keys_and_values, rest = 128 * 2 * 64, 128 * (2 * 128 + 3 * 512)
-    assert encoding["parts"][0]["flops"] == 2 * 32 * (40 * keys_and_values + rest + 2 * 40 * 128)
+    assert encoding["parts"][0]["flops"] == 2 * 8 * (40 * keys_and_values + rest + 2 * 40 * 128)
     assert len(list(tmp_path.iterdir())) == 2
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: pytest.fail("compiled again"))
