@@ -45,10 +45,16 @@ class Load:
     alive: bool = True
 
     @property
-    def growth(self) -> float:
-        """Of the memory: the median of the last tenth over that of the first, less 1."""
+    def held(self) -> tuple[float, float]:
+        """The memory: the medians of the first and of the last tenth, KiB."""
         tenth = max(1, len(self.memory) // 10)
-        return float(np.median(self.memory[-tenth:]) / np.median(self.memory[:tenth]) - 1)
+        return float(np.median(self.memory[:tenth])), float(np.median(self.memory[-tenth:]))
+
+    @property
+    def growth(self) -> float:
+        """Of the memory, from the first tenth to the last."""
+        first, last = self.held
+        return last / first - 1
 
     @property
     def complaints(self) -> list[str]:
@@ -71,7 +77,7 @@ class Load:
         found = {"bearable_per_second": round(self.bearable, 1), "asked": self.asked}
         found |= {"statuses": dict(sorted(self.statuses.items())), "harm": dict(sorted(self.harm.items()))}
         times = {f"p{p}_s": round(float(np.percentile(self.seconds, p)), 3) for p in (50, 99, 100)}
-        first, last = self.memory[0] / 1024, self.memory[-1] / 1024
+        first, last = (kib / 1024 for kib in self.held)
         memory = {"rss_first_mib": round(first), "rss_last_mib": round(last), "growth": round(self.growth, 4)}
         return json.dumps(found | times | memory | {"complaints": self.complaints}, indent=1)
 

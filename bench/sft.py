@@ -191,7 +191,8 @@ def compiled() -> int:
 
     def loss(weights, ids, lengths, targets):
         hidden = hidden_states(weights, config, ids, lengths)
-        return -token_terms(hidden.reshape(-1, config.width), unembedding(weights, config), targets).logp.mean()
+        hidden, used = hidden.reshape(-1, config.width), targets >= 0
+        return -token_terms(hidden, unembedding(weights, config), targets, used=used).logp.mean()
 
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params.abstract(config, mesh))
     shapes = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((ROWS, LENGTH), (ROWS,), (ROWS * LENGTH,)))

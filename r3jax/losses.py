@@ -110,10 +110,11 @@ def token_terms(
         kl = (jnp.exp(ref_logp) * (ref_logp - logp)).sum(axis=-1)
         return TokenTerms(picked, entropy, kl)
 
+    @jax.checkpoint  # again: what a branch keeps for its backward pass, the table above all, is kept for each chunk
     def unless_unused(part):
-        *part, used = part
-        nothing = jnp.zeros_like(part[1], jnp.float32)
-        return jax.lax.cond(used.any(), one_chunk, lambda _: TokenTerms(nothing, nothing, nothing), part)
+        *inputs, counts = part
+        nothing = jnp.zeros_like(inputs[1], jnp.float32)
+        return jax.lax.cond(counts.any(), one_chunk, lambda _: TokenTerms(nothing, nothing, nothing), inputs)
 
     count = hidden.shape[0]
     chunks = -(-count // (chunk * _row_shards(hidden)))

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     def on_start() -> None:
         print(f"{name} at {at}", flush=True)
 
-    server.Server(app.make_app(served, most, key), most, on_start).run([socket])
+    server.Server(app.make_app(served, most, key), on_start).run([socket])
 
 
 def read_key(path: str) -> str:

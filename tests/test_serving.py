@@ -23,8 +23,8 @@ from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.search.index import VersionedIndex
 from r3jax.search_r3 import SearchR3
-from r3jax.serving import app, schema, server
-from r3jax.serving.guard import TOO_MANY
+from r3jax.serving import app, desk, schema, server
+from r3jax.serving.guard import TOO_MANY, Guard
 from r3jax.serving.limits import Limits
 from r3jax.serving.model import Served
 from r3jax.serving.refusal import overloaded
@@ -68,11 +68,11 @@ def served(data, model):
 
 
 @contextlib.contextmanager
-def running(served, limits=LIMITS, key=None):
+def running(served, limits=LIMITS, key=None, guard=None):
     """A server of its own, and its address."""
     bound = server.bind("127.0.0.1", 0)
     started = threading.Event()
-    http = server.Server(app.make_app(served, limits, key), limits, started.set)
+    http = server.Server(guard or app.make_app(served, limits, key), started.set)
     thread = threading.Thread(target=http.run, args=([bound],))
     thread.start()
     assert started.wait(20)
@@ -121,6 +121,13 @@ def test_vectors_are_search_r3s(client, model, mode):
     np.testing.assert_allclose(vectors(embed(client, texts, mode)), wanted(model, texts, mode), atol=1e-5)
     alone = vectors(embed(client, texts[3], mode))
     np.testing.assert_allclose(alone, wanted(model, texts[3:4], mode), atol=1e-5)
+
+
+def test_large_work_is_done_aside(client, model, monkeypatch):
+    monkeypatch.setattr(desk, "SMALL", 0)
+    np.testing.assert_allclose(
+        vectors(embed(client, texts_of(3), "document")), wanted(model, texts_of(3), "document"), atol=1e-5
+    )
 
 
 def test_forms_of_input_and_output(client, model):
@@ -365,6 +372,50 @@ def test_more_requests_than_are_answered_at_once(served):
         assert found[0][0] == 200 and httpx2.post(f"{address}/search", json={"query": "x"}).status_code == 200
 
 
+class Napping(Guard):
+    """Holds the loop up at /nap, so that what comes meanwhile is read in one round."""
+
+    async def __call__(self, scope, receive, send):
+        if scope.get("path") == "/nap":
+            time.sleep(1)
+        await super().__call__(scope, receive, send)
+
+
+def test_many_that_come_in_one_round_of_the_loop(served):
+    """Heads count when they are read, not when the application is called: all but one are turned away unread."""
+    made = app.make_app(served, Limits(requests=2))
+    guard = Napping(made.app, made.limits, None, made.metrics)
+    head = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with running(served, guard=guard) as address, contextlib.ExitStack() as opened:
+        where = address.removeprefix("http://").split(":")
+        connections = [opened.enter_context(socket.create_connection(where)) for _ in range(9)]
+        for connection in connections:  # taken by the loop, not only by the system
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            while not (answer := connection.recv(4096)).endswith(b'"ok"}'):
+                assert answer
+        connections[0].sendall(head.replace(b"/v1/models", b"/nap"))
+        time.sleep(0.3)
+        for connection in connections[1:]:
+            connection.sendall(head)
+        answers = [connection.makefile("rb").read() for connection in connections[1:]]
+        turned_away = answers.count(overloaded(TOO_MANY).raw())
+        assert 6 <= turned_away < 8 and sum(answer.startswith(b"HTTP/1.1 200") for answer in answers) == 8 - turned_away
+        # What a client does wrong is no request for ever.
+        for sent in (
+            b"GET / HTTP/1.1\r\nX",
+            b"\0\r\n\r\n",
+            head + b"?",
+            head * 3,
+            b"POST /search HTTP/1.1\r\nHost: x\r\n",
+        ):
+            with socket.create_connection(where) as connection:
+                connection.sendall(sent)
+        deadline = time.monotonic() + 20
+        while (guard.begun or guard.active) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert guard.begun == guard.active == 0
+
+
 POSTED = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
 
 
@@ -421,7 +472,9 @@ DRAIN = """
 import asyncio, sys
 from r3jax.run.config import run_main
 from r3jax.serving import server
+from r3jax.serving.guard import Guard
 from r3jax.serving.limits import Limits
+from r3jax.serving.metrics import Metrics
 
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":
@@ -438,7 +491,7 @@ async def app(scope, receive, send):
 def main(argv):
     socket = server.bind("127.0.0.1", 0)
     started = lambda: print(socket.getsockname()[1], flush=True)
-    server.Server(app, Limits(), started).run([socket])
+    server.Server(Guard(app, Limits(), None, Metrics(lambda: 0)), started).run([socket])
 
 run_main(main)
 """

@@ -81,13 +81,14 @@ def attend(
 def _plain(q, keys, values, seen):
     batch, queries, kv_heads, group, dim = q.shape
     # Queries of one kv head end to end: scores stay in the order in which they are multiplied, else they, the largest
-    # arrays of all, are transposed. On CPU that and adding the mask instead of choosing by it take a third off a step.
+    # arrays of all, are transposed. On CPU that and adding the mask, where it would choose by it, take a third off the
+    # attention. What is not seen must be finite for that.
     q = jnp.transpose(q, (0, 2, 3, 1, 4)).reshape(batch, kv_heads, group * queries, dim)
     keys, values = (jnp.transpose(x, (0, 2, 1, 3)) for x in (keys, values))
     spec, shape = P(BATCH, None, None, None), (batch, group, queries, keys.shape[2])
-    hidden = jnp.broadcast_to(jnp.where(seen, 0.0, UNSEEN)[:, None], shape)
-    hidden = jnp.reshape(hidden, (batch, 1, group * queries, -1), out_sharding=out(spec))
-    weights = jax.nn.softmax(jnp.einsum("bkqh,bksh->bkqs", q, keys).astype(jnp.float32) + hidden, axis=-1)
+    bias = jnp.broadcast_to(jnp.where(seen, 0.0, UNSEEN)[:, None], shape)
+    bias = jnp.reshape(bias, (batch, 1, group * queries, -1), out_sharding=out(spec))
+    weights = jax.nn.softmax(jnp.einsum("bkqh,bksh->bkqs", q, keys).astype(jnp.float32) + bias, axis=-1)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(q.dtype), values)
     return jnp.transpose(mixed.reshape(batch, kv_heads, group, queries, dim), (0, 3, 1, 2, 4))
 

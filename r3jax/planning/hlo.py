@@ -2,7 +2,7 @@
 
 XLA's own `cost_analysis` counts the body of a loop once, whatever its length, and layers, chunks of gradient caching
 and decoding are loops. Here each computation counts as often as it runs. A loop whose length only a run knows (that of
-decoding) has no count in the program: the caller says how long to take it for.
+decoding) has no count in the program: the caller says how long to take it for. Of a choice all branches count.
 
 Traffic is that of HBM: operands and results of everything that is not inside a fusion, without what the TPU compiler
 has put into on-chip memory (`S(1)` in a layout). A fusion that reads a slice of an operand, or writes one in place, is

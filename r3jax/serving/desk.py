@@ -14,6 +14,7 @@ from r3jax.serving.refusal import Refusal, overloaded
 T = TypeVar("T")
 
 SMALL = 4096  # characters, ids or numbers
+EACH = 32  # characters that one more text costs
 
 
 async def aside(size: int, work: Callable[..., T], *given) -> T:
@@ -38,7 +39,7 @@ class Desk:
 
     async def rows(self, mode: str, inputs: Sequence[str] | Sequence[Sequence[int]], param: str) -> Rows:
         """The rows of texts or ids; Refusal where they are too many tokens together."""
-        ids = await aside(sum(map(len, inputs)), self.served.tokens, inputs)
+        ids = await aside(sum(len(text) + EACH for text in inputs), self.served.tokens, inputs)
         if (tokens := sum(map(len, ids))) > self.limits.tokens:
             said = (
                 f"{param} has {tokens:,} tokens, {self.limits.tokens:,} is the most of one request; send less at once."

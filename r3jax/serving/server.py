@@ -14,7 +14,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from r3jax.errors import UserError
 from r3jax.serving.guard import Guard
-from r3jax.serving.limits import Limits
 from r3jax.serving.refusal import Refusal
 
 
@@ -35,9 +34,9 @@ def bind(host: str, port: int) -> socket.socket:
 class Connection(H11Protocol):
     """uvicorn's, which waits without end for a request's head, and for a client to take its answer."""
 
-    def __init__(self, limits: Limits, guard: Guard | None, **given):
+    def __init__(self, guard: Guard, **given):
         super().__init__(**given)
-        self._limits, self._guard = limits, guard
+        self._limits, self._guard = guard.limits, guard
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
@@ -49,7 +48,7 @@ class Connection(H11Protocol):
         self._cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self._guard and self.conn.their_state is h11.IDLE and (answer := self._guard.at_the_door(data)) is not None:
+        if self.conn.their_state is h11.IDLE and (answer := self._guard.at_the_door(data)) is not None:
             self._end(answer)
             return
         super().data_received(data)
@@ -61,7 +60,7 @@ class Connection(H11Protocol):
     def handle_events(self) -> None:
         last = self.cycle
         super().handle_events()
-        if self._guard and self.cycle is not last:  # the application is called in the loop's next round
+        if self.cycle is not last:  # the application is called in the loop's next round
             self._guard.let_in()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -90,18 +89,12 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn, which would end by the signal that stopped it: whoever drained has done what was asked of him."""
 
-    def __init__(
-        self,
-        app,
-        limits: Limits,
-        on_start: Callable[[], None] = lambda: None,
-    ):
-        wait = int(limits.seconds) + 1
-        guard = app if isinstance(app, Guard) else None
-        connection: Any = functools.partial(Connection, limits, guard)
+    def __init__(self, guard: Guard, on_start: Callable[[], None] = lambda: None):
+        wait = int(guard.limits.seconds) + 1
+        connection: Any = functools.partial(Connection, guard)
         super().__init__(
             uvicorn.Config(
-                app,
+                guard,
                 http=connection,
                 ws="none",
                 lifespan="on",
