@@ -8,6 +8,13 @@ METRIC = "ndcg@10"
 # What a run should show on the queries of seen commands.
 CLAIMS = tuple(f"rl_reasoning > {x}" for x in ("sft_reasoning", "rl_empty", "rl_shuffled")) + ("best trained > bm25",)
 
+MOST = {
+    "reward error, worst probe": 0.01,
+    "documents re-encoded per step, most": 0.1,
+    "minutes": 20,
+    "peak memory, GiB": 6,
+}
+
 
 def main(folders: list[str]) -> int:
     runs = [json.loads((pathlib.Path(f) / "results.json").read_text()) for f in folders]
@@ -26,6 +33,7 @@ def main(folders: list[str]) -> int:
         "thought tokens (rl_reasoning, seen)": lambda r: r["splits"]["seen"]["rl_reasoning"]["thought_tokens"],
         "share with the token (rl_reasoning, seen)": lambda r: r["splits"]["seen"]["rl_reasoning"]["token_rate"],
         "reward error, mean": lambda r: r["refresh"]["mean_abs_reward_error"],
+        "reward error, worst probe": lambda r: r["refresh"]["max_abs_reward_error"],
         "documents re-encoded per step, most": lambda r: r["refresh"]["max_share_reencoded"],
         "minutes": lambda r: r["seconds"] / 60,
         "peak memory, GiB": lambda r: r["peak_rss_bytes"] / 2**30,
@@ -33,6 +41,12 @@ def main(folders: list[str]) -> int:
     for name, value in rows.items():
         print("| " + " | ".join([name, *(f"{value(r):.4g}" for r in runs)]) + " |")
     failed = [
+        f"seed {r['seed']}: {name} {value(r):.3g} (at most {most:g})"
+        for r in runs
+        for name, value in rows.items()
+        if value(r) > (most := MOST.get(name, float("inf")))
+    ]
+    failed += [
         f"seed {r['seed']}: {claim} (p = {r['p_values']['seen'][claim]:.3f})"
         for r in runs
         for claim in CLAIMS

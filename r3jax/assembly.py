@@ -311,6 +311,7 @@ def _rl(p: Parts, start) -> Stage:
         share=c.index.round_robin_share,
         rebuild_below=c.index.rebuild_below,
         fresh_negatives=c.index.fresh_negatives,
+        carry=c.index.carry,
     )
     if start is not None:
         vectors = p.encode_corpus(start)

@@ -175,7 +175,7 @@ def announce(name: str, plan: list[str], parts: Parts, stage: Stage) -> str:
         if data.skipped:
             lines.insert(1, f"{len(data.skipped)} bad lines dropped, the first: {data.skipped[0]}")
         if name == "sft" and "rl" in plan:
-            lines.append("(no --config.init_from was given, so stage 1 runs before stage 2)")
+            lines.append("(config.init_from names no run that has been trained, so stage 1 runs before stage 2)")
     return "\n".join(lines)
 
 

@@ -137,7 +137,7 @@ def test_an_average_is_the_mean_of_sampled_thoughts(parts, params, found, reason
 
 def test_controls_read_other_thoughts(parts, params, vectors, found, reasoned):
     nothing = [[]] * 20
-    others = reasoned.thoughts[1:] + reasoned.thoughts[:1]
+    others = reasoned.thoughts[10:] + reasoned.thoughts[:10]
     same_run(found["empty"].run, run_of(parts, params, rows_of(parts, nothing), vectors))
     same_run(found["shuffled"].run, run_of(parts, params, rows_of(parts, others), vectors))
     _, texts = queries_of(parts.dataset, SPLIT)

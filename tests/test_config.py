@@ -204,8 +204,8 @@ def test_fields_that_a_config_lacks_are_not_checked(good):
 
 IMPOSSIBLE = [
     ("name", "a/b", "config.name must be a name without a slash"),
-    ("seed", -1, "config.seed must be between 0 and 2147483647"),
-    ("seed", 2**63, "config.seed must be between 0 and 2147483647"),
+    ("seed", -1, "config.seed must be between 0 and 2147483646"),
+    ("seed", 2**63, "config.seed must be between 0 and 2147483646"),
     ("init_from", "nowhere", "config.init_from names 'nowhere', which does not exist"),
     ("data.path", "nowhere", "config.data.path names 'nowhere', which is not a folder"),
     ("data.on_error", "ignore", "must be one of strict, skip, not 'ignore'"),

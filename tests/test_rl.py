@@ -502,7 +502,7 @@ def test_a_mesh_gives_the_rewards_and_losses_of_one_device(folder, weights, plai
         else:
             np.testing.assert_array_equal(split[name], batch[name], err_msg=name)
     for name in metrics:
-        assert split_metrics[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-5), name
+        assert split_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5), name
     for name in ("reward/mean", "completion/length_mean", "index/reencoded", "index/sigma"):
         assert split_stats[name] == pytest.approx(stats[name], abs=1e-4)
 

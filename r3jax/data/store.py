@@ -107,7 +107,10 @@ def training_source(
             _write(records, final)
         except OSError as error:
             raise UserError(f"data cache {cache_dir} cannot be written ({error}); free or choose another.") from error
-    return TrainingSource(final)
+    try:
+        return TrainingSource(final)
+    except (OSError, ValueError) as error:
+        raise UserError(f"data cache {final} is damaged ({type(error).__name__}); delete that folder.") from error
 
 
 def _write(records: list[Record], final: pathlib.Path) -> None:

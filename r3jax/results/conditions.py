@@ -84,7 +84,8 @@ def evaluate(
             elif name == "empty":
                 vectors = reader.with_thoughts(params, texts, [[]] * len(texts), on_rows)
             elif name == "shuffled":
-                others = reasoned.thoughts[1:] + reasoned.thoughts[:1]
+                half = len(texts) // 2  # neighbours in a file often ask for the same document
+                others = reasoned.thoughts[half:] + reasoned.thoughts[:half]
                 vectors = reader.with_thoughts(params, texts, others, on_rows)
             elif name == "copied":
                 copies = [row[: reader.max_new - 1] for row in reader.chat.tokenizer.encode_batch(texts)]

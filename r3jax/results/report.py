@@ -126,6 +126,8 @@ def _tiles(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     refresh = results.get("refresh") or {}
     if number(refresh.get("mean_abs_reward_error")) is not None:
         below = f"mean of {fixed(refresh.get('probe_steps'), 0)} probe steps"
+        if number(refresh.get("max_abs_reward_error")) is not None:
+            below += f", at most {fixed(refresh['max_abs_reward_error'], 4)}"
         yield "Reward error", fixed(refresh["mean_abs_reward_error"], 4), below
     if number(refresh.get("max_share_reencoded")) is not None:
         below = f"at most, {percent(refresh.get('mean_share_reencoded'))} on average"

@@ -150,7 +150,11 @@ def cost(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"index: at most {percent(refresh.get('max_share_reencoded'))} of the documents re-encoded per step"
         )
-        lines.append(f"reward error, mean over {fixed(refresh.get('probe_steps'), 0)} probe steps: {error:.1e}")
+        worst = number(refresh.get("max_abs_reward_error"))
+        lines.append(
+            f"reward error, mean over {fixed(refresh.get('probe_steps'), 0)} probe steps: {error:.1e}"
+            + ("" if worst is None else f", at most {worst:.1e}")
+        )
     return lines
 
 

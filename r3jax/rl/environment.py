@@ -1,8 +1,9 @@
 """The RL environment: a search index that follows the moving embeddings, and the reward it gives.
 
 Each step: search the stale index for more than needed, re-encode the positives and the documents whose
-re-encoding could change a reward, write them back, rank the candidates by what is now known of them. The rule
-is ours (the paper names selective refresh and does not publish it); see `r3jax.search.refresh`.
+re-encoding could change a reward, write them back, carry all others along by what these have in common, rank the
+candidates by what is now known of them. The rule is ours (the paper names selective refresh and does not publish it);
+see `r3jax.search.refresh` and `r3jax.search.drift`.
 
 With a maximum age, the batch's positives and then the candidates beyond it are re-encoded before all others, and what
 the budget leaves beyond it is treated as though it were not in the corpus: it neither ranks nor counts as relevant.
@@ -21,6 +22,7 @@ import numpy as np
 from r3jax.errors import UserError
 from r3jax.rl import rewards
 from r3jax.rl.mix import Retrieval
+from r3jax.search.drift import common_drift
 from r3jax.search.refresh import DriftEstimate, choose
 from r3jax.search.sharded import Index, restore
 
@@ -61,6 +63,7 @@ class RefreshConfig:
     share: float
     rebuild_below: float
     fresh_negatives: int = 0  # of each rollout's best irrelevant candidates, re-encoded before the policy's own
+    carry: bool = False  # move stale vectors by what re-encoded ones have moved in common
 
 
 class Environment:
@@ -93,7 +96,7 @@ class Environment:
         budget = max(0, refresh.budget - int((self.index.versions == step).sum())) // rounds
         before = self.index.versions.copy()
         depth = min(refresh.over_retrieve, len(self.index))
-        candidates, stale = self.index.search(rollouts.vectors, depth)
+        candidates, _ = self.index.search(rollouts.vectors, depth)
         if self._stale_top is None or self._stale_top[0] != step:
             self._stale_top = step, rollouts.vectors, candidates[:, :k]
         clock.lap("search")
@@ -110,15 +113,16 @@ class Environment:
             )
             self._write_back(rows, encode(rows), step)
         clock.lap("encode")
+        between = self.index.versions.copy()
         own = self.index.scores(rollouts.vectors, rollouts.relevant)
         best = np.where(rollouts.relevant >= 0, own, -1.0).max(1)
         scores = self.index.scores(rollouts.vectors, candidates)
         ranks = 1 + (scores > best[:, None]).sum(1)
         theta = np.maximum(best, np.sort(scores, 1)[:, -min(k, depth)])
-        spent = int((self.index.versions != before).sum())
+        spent = int((between != before).sum())
         rows = choose(
             refresh.policy,
-            versions=self.index.versions,
+            versions=between,
             step=step,
             budget=max(0, budget - spent),
             negatives=self._mistakes(rollouts, candidates, scores),
@@ -137,7 +141,7 @@ class Environment:
         probe_drift = self._probe_drift(vectors[len(rows) :])
         clock.lap("encode")
         fresh = self.index.scores(rollouts.vectors, candidates)
-        self._learn_drift(candidates, stale, fresh, before, step)
+        self._learn_drift(candidates, scores, fresh, between, step)
         if refresh.policy == "full":  # the reference, whatever the stale search did not return
             candidates, fresh = self.index.search(rollouts.vectors, depth)
         ages = step - self.index.versions
@@ -246,8 +250,12 @@ class Environment:
         return rows.T.ravel()
 
     def _write_back(self, rows: np.ndarray, vectors: np.ndarray, step: int) -> None:
-        if len(rows):
-            self.index.upsert(rows, vectors, step)
+        """Stores fresh vectors [n, D]; what they have moved in common carries all that is stale along."""
+        if not len(rows):
+            return
+        if self.refresh.carry and self.refresh.policy != "full":  # which leaves nothing stale
+            self.index.carry(*common_drift(self.index.rows(rows), vectors), step)
+        self.index.upsert(rows, vectors, step)
 
     def _reward(self, rollouts: Rollouts, candidates, scores, index: Index | None = None, overdue=None):
         """Total reward and its terms, from candidates of `index` (default: our own) and what is known of their scores.
@@ -299,7 +307,7 @@ class Environment:
         return np.where(np.isfinite(best), ranks, len(self.index))
 
     def _learn_drift(self, candidates, stale, fresh, before, step: int) -> None:
-        """Score changes of the candidates that were re-encoded now."""
+        """Score changes of the candidates that the policy had re-encoded: the positives were fresh before."""
         ages = (step - before)[candidates]
         renewed = (self.index.versions[candidates] == step) & (ages > 0)
         self.drift = self.drift.update(stale[renewed], fresh[renewed], ages[renewed])

@@ -198,11 +198,12 @@ def load_saved(path: pathlib.Path | str) -> ConfigDict:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk says that takes no more
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs an entry point on sys.argv: exit 0; 2 with one sentence for a UserError or a disk that is full; 130 for
-    Ctrl-C; 141 where nobody reads the output any more.
+    """Runs an entry point on sys.argv: exit 0; 2 with one sentence for a UserError, a disk that is full or a file that
+    may not be used; 130 for Ctrl-C; 141 where nobody reads the output any more.
 
     Anything else is a bug and keeps its trace.
     """
@@ -219,10 +220,11 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         _let_it_be_the_last_word()
         sys.exit(2)
     except OSError as e:
-        if e.errno not in FULL:
+        if e.errno not in FULL + DENIED:
             raise
         where = f" at {e.filename}" if e.filename else ""
-        print(f"error: {os.strerror(e.errno)}{where}; make room and give the same command again.", file=sys.stderr)
+        fix = "make room" if e.errno in FULL else "change its permissions or name another"
+        print(f"error: {os.strerror(e.errno)}{where}; {fix} and give the same command again.", file=sys.stderr)
         _let_it_be_the_last_word()
         sys.exit(2)
     except KeyboardInterrupt:

@@ -71,7 +71,7 @@ def _has_tokenizer(path: str) -> bool:
 
 RULES: list[Rule] = [
     Rule(("name",), lambda v: v not in ("", ".", "..") and "/" not in v, "must be a name without a slash, not {0!r}"),
-    *between(0, 2**31 - 1, "seed"),
+    *between(0, 2**31 - 2, "seed"),  # stage 2 uses the next one
     Rule(
         ("init_from", "from_scratch"),
         lambda v, scratch: bool(v) or scratch,

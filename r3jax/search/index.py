@@ -22,6 +22,7 @@ KINDS = ("exact", "scann")
 TREE_ABOVE = 40_000
 LEAST_TREE = 256  # sixteen centres per code and a few documents per partition have to be trained on something
 MAX_STEP = np.iinfo(np.int32).max
+BLOCK = 4096  # rows moved at once
 
 
 class VersionedIndex:
@@ -91,6 +92,19 @@ class VersionedIndex:
         """As in `state`: the kind's number, `tree_above`, and the leaves of the tree, if there is one."""
         return np.array([KINDS.index(self._kind), self._tree_above, self._leaves], np.int64)
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self._vectors.shape[1]
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """The stored vectors [n, D] of `rows` [n]."""
+        return self._vectors[rows]
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """The stored vectors [n, D] of `rows` [n]."""
+        return self._vectors[rows]
+
     def __len__(self) -> int:
         """N: rows, those of deleted documents included."""
         return len(self._vectors)
@@ -150,6 +164,32 @@ class VersionedIndex:
         self._write(rows, vectors)
         self._versions[rows] = step
 
+    def carry(self, matrix, offset, step: int) -> None:
+        """Moves every vector v of a version before `step` to v @ matrix [D, D] + offset [D], at unit length again.
+
+        Versions stay: nothing was encoded. A tree is not told: it goes on proposing by where vectors were, and these are
+        scored by where they are; `recall_probe` sees what it misses, `rebuild` mends it.
+        """
+        width = self._vectors.shape[1]
+        matrix = checks.matrix("matrix", matrix, width)
+        offset = checks.matrix("offset", np.asarray(offset)[None], width)[0]
+        step = checks.whole("step", step, 0, MAX_STEP)
+        if len(matrix) != width:
+            raise ValueError(f"matrix must be [{width}, {width}], not of shape {matrix.shape}")
+        for start in range(0, len(self), BLOCK):
+            part = slice(start, start + BLOCK)
+            vectors = self._vectors[part]
+            moved = vectors @ matrix
+            moved += offset
+            lengths = np.sqrt(np.einsum("nd,nd->n", moved, moved))
+            stale = (self._versions[part] < step) & checks.holds_document(vectors)
+            stale &= np.isfinite(lengths) & (lengths > 1e-6)  # what would vanish or overflow stays where it is
+            moved /= np.where(stale, lengths, 1)[:, None]
+            np.copyto(vectors, moved, where=stale[:, None])
+        self._exact.changed()
+        if self._scann is not None:
+            self._scann.moved()
+
     def delete(self, rows) -> None:
         """Takes the documents in unique `rows` [n] out of every later search; at least one must stay.
 
@@ -188,7 +228,7 @@ class VersionedIndex:
         A returned document counts when it scores at least what the k-th exact one does, so that documents
         with equal vectors may stand for one another.
         """
-        if self._scann is None:
+        if not self._leaves:  # exact by design: it would be a search for nothing, at every step
             checks.whole("k", k, 1, self._living)
             if len(checks.matrix("queries", queries, self._vectors.shape[1])):
                 return 1.0

@@ -56,6 +56,7 @@ class ScannBackend:
         self._vectors = vectors
         self._leaves = leaves
         self._deleted = ~checks.holds_document(vectors)
+        self._moved = False
         self._searcher = self._train() if assets is None else self._load(assets)
 
     def _train(self):
@@ -75,6 +76,8 @@ class ScannBackend:
         A tree may hold fewer than k documents in the partitions it looks at, and a deleted document, of score 0, may
         stand before others; such a query's row is meaningless.
         """
+        if self._moved:  # quicker than an upsert of everything
+            self._searcher, self._moved = self._train(), False
         wanted = min(k + SLACK, len(self._vectors))
         rows, scores = self._searcher.search_batched_parallel(
             queries, wanted, max(200, 2 * wanted), batch_size=max(1, min(64, len(queries)))
@@ -89,7 +92,12 @@ class ScannBackend:
     def upsert(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Replaces the vectors of `rows` [n] (n >= 1, unique, known) by `vectors` [n, D]; zeros delete."""
         self._deleted[rows] = ~checks.holds_document(vectors)
-        self._searcher.searcher.upsert(rows.tolist(), vectors, len(rows))
+        if not self._moved:
+            self._searcher.searcher.upsert(rows.tolist(), vectors, len(rows))
+
+    def moved(self) -> None:
+        """All vectors have changed in their array: brute force takes them in before it searches, a tree never does."""
+        self._moved = not self._leaves
 
     def rebuild(self) -> None:
         """Trains partitions and quantiser anew on the current vectors."""

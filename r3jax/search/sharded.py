@@ -78,6 +78,12 @@ class ShardedIndex:
         view.flags.writeable = False
         return view
 
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """See `VersionedIndex.rows`: each process fills in what it keeps."""
+        here = rows - self._first
+        mine = (here >= 0) & (here < len(self._local))
+        return self._job.gather(np.where(mine[:, None], self._local.rows(np.where(mine, here, 0)), 0)).sum(0)
+
     def __len__(self) -> int:
         """N."""
         return len(self._versions)
@@ -126,6 +132,10 @@ class ShardedIndex:
         mine = (here >= 0) & (here < len(self._local))
         self._local.upsert(here[mine], np.asarray(vectors)[mine], step)
         self._versions[rows] = step
+
+    def carry(self, matrix, offset, step: int) -> None:
+        """See `VersionedIndex.carry`: each process moves what it keeps."""
+        self._local.carry(matrix, offset, step)
 
     def rebuild(self) -> None:
         """See `VersionedIndex.rebuild`."""
