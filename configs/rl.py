@@ -25,9 +25,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             # sampler's differ by is weighted by p_trainer / p_sampler, importance_cap at most (Yao et al. 2025).
             "epochs": 1,
             "importance_cap": 2.0,
-            "chunks": 1
-            if tiny
-            else 4,  # divides the prompts of each part of the mesh: 16 parts at most with 64 prompts
+            "chunks": 1 if tiny else 4,  # each part of the mesh has so many prompts or a multiple: at most 16 parts
             # Sampling must be plain: truncation (top_p, top_k) biases the ratio and is refused.
             # tiny writes at 0 when it is used: the cooler its samples, the nearer to what the vector will read.
             "temperature": 0.7 if tiny else 1.0,

@@ -2,8 +2,8 @@
 
 Training moves every document's vector, and most of the way is common to all of them: the whole cloud shifts, spreads
 and turns. What re-encoded documents have moved since they were stored tells that common part, an affine map, at no
-encoding cost. The rest is each document's own, and re-encoding alone can tell it. The Search-R3 paper (arXiv 2510.07048)
-has nothing of the kind; maps between the spaces of two checkpoints are common (Mikolov et al. 2013, arXiv 1309.4168).
+encoding cost. The rest is each document's own, and re-encoding alone can tell it. The paper (Search-R3, arXiv
+2510.07048) has nothing of the kind; maps between the spaces of two models are old (Mikolov et al., arXiv 1309.4168).
 
 Axes: n documents, D width.
 """

@@ -22,7 +22,7 @@ KINDS = ("exact", "scann")
 TREE_ABOVE = 40_000
 LEAST_TREE = 256  # sixteen centres per code and a few documents per partition have to be trained on something
 MAX_STEP = np.iinfo(np.int32).max
-BLOCK = 4096  # rows moved at once
+BLOCK = 4096  # rows moved at once, so that they stay in the cache
 
 
 class VersionedIndex:
@@ -92,15 +92,6 @@ class VersionedIndex:
         """As in `state`: the kind's number, `tree_above`, and the leaves of the tree, if there is one."""
         return np.array([KINDS.index(self._kind), self._tree_above, self._leaves], np.int64)
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return self._vectors.shape[1]
-
-    def rows(self, rows: np.ndarray) -> np.ndarray:
-        """The stored vectors [n, D] of `rows` [n]."""
-        return self._vectors[rows]
-
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """The stored vectors [n, D] of `rows` [n]."""
         return self._vectors[rows]
@@ -167,8 +158,8 @@ class VersionedIndex:
     def carry(self, matrix, offset, step: int) -> None:
         """Moves every vector v of a version before `step` to v @ matrix [D, D] + offset [D], at unit length again.
 
-        Versions stay: nothing was encoded. A tree is not told: it goes on proposing by where vectors were, and these are
-        scored by where they are; `recall_probe` sees what it misses, `rebuild` mends it.
+        Versions stay: nothing was encoded. A tree is not told: it goes on proposing by where vectors were, and what it
+        proposes is scored by where it is; `recall_probe` sees what it misses, `rebuild` mends it.
         """
         width = self._vectors.shape[1]
         matrix = checks.matrix("matrix", matrix, width)
