@@ -41,7 +41,7 @@ def both(folder: str, size: str):
     environment = Environment(
         VersionedIndex.build(moved / np.linalg.norm(moved, axis=1, keepdims=True), 0, "scann"),
         RewardConfig("dcg_scaled", 10, {"retrieval": 1.0, "format": 0.1, "length": 0.1}, 4, 64, limit=64),
-        RefreshConfig("hybrid", int(SHARE * count), 100, None, 0.25, 0.9),
+        RefreshConfig("hybrid", int(SHARE * count), 100, None, 0.1, 0.9, carry=True),
         probes=64,
         seed=0,
     )

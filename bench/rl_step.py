@@ -39,6 +39,7 @@ def ours(folder: str):
         max_age=None,
         share=0.0,
         rebuild_below=0.0,
+        carry=True,
     )
     environment = Environment(
         VersionedIndex.build(vectors, 0, "exact"),

@@ -20,7 +20,7 @@ from r3jax.run import config as run_config
 from r3jax.run.config import run_main
 from r3jax.studies import choices, refresh
 from r3jax.studies.cells import Lab, claim, starts_of
-from r3jax.studies.shadows import Cell, Shadowed
+from r3jax.studies.shadows import Cell, Shadowed, own_cell
 
 STUDIES = ("refresh", *choices.CHOICES)
 FLAGS = {
@@ -74,8 +74,7 @@ def main(argv: list[str]) -> None:
     if name == "refresh":
         text, svg = refresh.run(
             lab,
-            policy=config.index.policy,
-            budget=config.index.budget,
+            own=own_cell(config.index.policy, config.index.budget, config.index.carry),
             group=config.rl.group_size,
             advantage=config.rl.advantage,
             watched=train_with_shadows,

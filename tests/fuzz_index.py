@@ -49,7 +49,7 @@ class Sequence:
         self.index = VersionedIndex.build(self.disguised(vectors), 0, name, **self.options)
         self.model = dict(enumerate(vectors))
         self.versions = dict.fromkeys(range(self.size), 0)
-        calls = [self.upsert, self.upsert, self.delete, self.search, self.search, self.save_and_load, self.rebuild]
+        calls = [self.upsert, self.upsert, self.carry, self.delete, self.search, self.search, self.save_and_load, self.rebuild]
         for _ in range(self.rng.integers(2, 8)):
             self.pick(calls)()
             self.same()
@@ -71,6 +71,24 @@ class Sequence:
         self.index.upsert(rows.tolist() if self.coin() else rows, self.disguised(vectors), step)
         for row, vector in zip(rows.tolist(), vectors, strict=True):
             self.model[row], self.versions[row] = vector, step
+
+    def carry(self) -> None:
+        matrix = np.eye(self.width) + 0.3 * self.rng.normal(size=(self.width, self.width))
+        offset, step = 0.3 * self.rng.normal(size=self.width), int(self.rng.integers(0, 50))
+        if self.hostile():
+            wrong = self.pick([matrix * np.nan, matrix[0], np.ones((self.width + 1, self.width)), "x", None])
+            self.refused("matrix", lambda: self.index.carry(wrong, offset, step))
+            far = self.pick([offset * np.inf, np.ones(self.width + 1), "x", None])
+            self.refused("offset", lambda: self.index.carry(matrix, far, step))
+            self.refused("step", lambda: self.index.carry(matrix, offset, self.pick([-1, 0.5, None, 2**31])))
+        self.index.carry(matrix, offset, step)
+        for row, vector in self.model.items():
+            if self.versions[row] < step:
+                moved = vector @ matrix + offset
+                length, found = np.linalg.norm(moved), self.index.vectors[row].copy()
+                if length > 1e-3:  # shorter ones magnify rounding
+                    np.testing.assert_allclose(found, moved / length, atol=1e-3)
+                self.model[row] = found
 
     def delete(self) -> None:
         living = np.array(sorted(self.model))

@@ -23,7 +23,7 @@ from r3jax.weights import IMPORTED
 from tests import fixtures
 from tests.test_environment import DOCUMENTS, GROUP, QUERIES, REFRESH, REWARD, World, environment
 
-CELLS = [Cell("none", 0.0), Cell("round_robin", 0.1), Cell("hybrid", 0.1), Cell("hybrid", 1.0)]
+CELLS = [Cell("none", 0.0), Cell("round_robin", 0.1), Cell("hybrid", 0.1), Cell("hybrid", 0.1, False)]
 
 
 # Shadows
@@ -46,7 +46,7 @@ def test_a_shadow_scores_as_an_environment_of_its_own_would(tmp_path):
     watched, world = shadowed(tmp_path)
     alone = {}
     for cell in CELLS:
-        config = RefreshConfig(**REFRESH | {"policy": cell.policy, "budget": int(cell.budget * DOCUMENTS)})
+        config = RefreshConfig(**REFRESH | vars(cell) | {"budget": int(cell.budget * DOCUMENTS)})
         index = VersionedIndex.build(world.vectors, 0, "exact")
         alone[cell] = Environment(index, RewardConfig(**REWARD), config, probes=0, seed=0)
     want = []
@@ -57,7 +57,7 @@ def test_a_shadow_scores_as_an_environment_of_its_own_would(tmp_path):
     with np.load(tmp_path / "s.npz") as saved:
         np.testing.assert_array_equal(saved["rewards"], np.array(want, np.float32))
         assert saved["reencoded"].shape == (6, 4)
-        assert (saved["reencoded"] <= [0, 40, 40, 400]).all() and (saved["reencoded"][:, 1] == 40).all()
+        assert (saved["reencoded"] <= [0, 40, 40, 40]).all() and (saved["reencoded"][:, 1] == 40).all()
 
 
 def test_the_run_is_not_disturbed_by_its_shadows(tmp_path):
@@ -96,9 +96,11 @@ def test_only_a_run_that_encodes_everything_can_have_shadows(tmp_path):
 
 
 def test_the_grid_holds_the_configs_own_cell():
-    assert Cell("hybrid", 0.05) in shadows.grid("hybrid", 0.05)
-    cells = shadows.grid("hybrid", 0.03)
-    assert len(cells) == len(set(cells)) == 1 + 4 * 5 and Cell("none", 0.0) in cells
+    assert Cell("hybrid", 0.05) in shadows.grid(Cell("hybrid", 0.05))
+    cells = shadows.grid(shadows.own_cell("hybrid", 0.03, True))
+    assert len(cells) == len(set(cells)) == 1 + 5 * 5 and Cell("none", 0.0) in cells
+    assert {Cell("hybrid", 0.03), Cell("hybrid", 0.03, False), Cell("boundary", 0.1)} <= set(cells)
+    assert shadows.own_cell("none", 0.03, True) in shadows.grid(shadows.own_cell("none", 0.03, True))
 
 
 def test_error_correlation_and_cost_by_hand(tmp_path):

@@ -23,23 +23,24 @@ POLICIES = """\
   `round_robin` on the oldest vectors; `neighbourhood` on what the rollouts' searches returned, by age times hits (a hit
   counts less the lower its place); `boundary` on the same documents, those first whose fresh score may lie on the other
   side of the score that decides a reward, by a drift learnt from what was re-encoded; `hybrid` as `boundary`, with a
-  share of the budget for the oldest, so that no vector stays old unseen."""
+  share of the budget for the oldest, so that no vector stays old unseen.
+- What is not re-encoded is carried along by what re-encoded documents have moved in common (`r3jax/search/drift.py`),
+  but for the lines that say "not carried"."""
 
 
 def run(
     lab: Lab,
     *,
-    policy: str,
-    budget: float,
+    own: Cell,
     group: int,
     advantage: str,
     watched: Callable[[list[str], list[Cell], str], None],
 ) -> tuple[str, str]:
     """Trains what is missing; the page (markdown, from its first table on) and its plot (SVG).
 
-    policy, budget: the config's own. watched: trains on a command line with shadows, which write the named file.
+    own: the config's. watched: trains on a command line with shadows, which write the named file.
     """
-    cells = shadows.grid(policy, budget)
+    cells = shadows.grid(own)
     reals = {DEFAULT: [], "none": ["--config.index.policy=none"], "round_robin": ["--config.index.policy=round_robin"]}
     outcomes: dict[str, list[Outcome]] = {FULL: []}
     seen = []
@@ -50,10 +51,10 @@ def run(
         outcomes[FULL].append(lab.outcome(folder))
         seen.append(read(folder / SHADOWS, group, advantage))
         for name, changes in reals.items():
-            if name not in (policy, FULL) or name == DEFAULT:
+            if name not in (own.policy, FULL) or name == DEFAULT:
                 outcomes.setdefault(name, []).append(lab.outcome(lab.run(seed, name, changes)))
     figures = np.array(seen)
-    return page(cells, figures, outcomes, Cell(policy, budget), len(lab.dataset.doc_ids)), plot(cells, figures)
+    return page(cells, figures, outcomes, own, len(lab.dataset.doc_ids)), plot(cells, figures)
 
 
 def read(file: pathlib.Path, group: int, advantage: str) -> np.ndarray:
@@ -84,7 +85,7 @@ def page(cells: Sequence[Cell], seen: np.ndarray, outcomes: dict[str, list[Outco
         error, gains, count = (seen[:, i, n] for n in range(3))
         rows.append(
             [
-                f"**{cell.policy} (the default)**" if cell == own else cell.policy,
+                f"**{cell.name} (the default)**" if cell == own else cell.name,
                 f"{100 * cell.budget:g} %",
                 f"{error.mean():.4f} ({error.max():.4f})",
                 f"{gains.mean():.4f} ({gains.min():.4f})",
@@ -107,7 +108,7 @@ def page(cells: Sequence[Cell], seen: np.ndarray, outcomes: dict[str, list[Outco
 def _runs(outcomes: dict[str, list[Outcome]], own: Cell) -> str:
     splits = list(outcomes[FULL][0].held_out)
     budget = f"{100 * own.budget:g} %"
-    labels = {FULL: FULL, DEFAULT: f"{own.policy}, {budget} (the default)", "round_robin": f"round_robin, {budget}"}
+    labels = {FULL: FULL, DEFAULT: f"{own.name}, {budget} (the default)", "round_robin": f"round_robin, {budget}"}
     rows = []
     for name, found in outcomes.items():
         row = [labels.get(name, name)]
@@ -126,14 +127,14 @@ def _runs(outcomes: dict[str, list[Outcome]], own: Cell) -> str:
 def plot(cells: Sequence[Cell], seen: np.ndarray) -> str:
     """Error and correlation over the budget, one line per policy."""
     budgets = sorted({cell.budget for cell in cells})
-    place = {(cell.policy, cell.budget): i for i, cell in enumerate(cells)}
+    place = {(cell.name, cell.budget): i for i, cell in enumerate(cells)}
     means = seen.mean(axis=0)
 
     def lines(figure_of: int) -> dict[str, list[float | None]]:
         found: dict[str, list[float | None]] = {}
-        for policy in dict.fromkeys(cell.policy for cell in cells if cell.policy != "none"):
-            at = [place.get((policy if b else "none", b)) for b in budgets]
-            found[policy] = [None if i is None else float(means[i, figure_of]) for i in at]
+        for name in dict.fromkeys(cell.name for cell in cells if cell.policy != "none"):
+            at = [place.get((name if b else "none", b)) for b in budgets]
+            found[name] = [None if i is None else float(means[i, figure_of]) for i in at]
         return found
 
     columns = [f"{100 * b:g}" for b in budgets]

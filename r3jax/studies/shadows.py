@@ -28,14 +28,28 @@ class Cell:
 
     policy: str
     budget: float
+    carry: bool = True  # whether stale vectors are carried along
+
+    @property
+    def name(self) -> str:
+        return self.policy if self.carry or not self.budget else f"{self.policy}, not carried"
 
 
-def grid(policy: str, budget: float) -> list[Cell]:
-    """All cells of the study, the config's own among them. A budget of 0 is `none`, whatever the policy."""
-    budgets = sorted({*BUDGETS, budget} - {0.0})
-    cells = [Cell("none", 0.0), *(Cell(name, share) for name in FOLLOWING for share in budgets)]
-    own = Cell(policy, budget if policy in FOLLOWING else 0.0)
-    return cells if own in cells or policy == "full" else [*cells, own]
+def grid(own: Cell) -> list[Cell]:
+    """All cells of the study, the config's own among them. A budget of 0 is `none`, whatever the policy.
+
+    All carry as `own` does, and its policy is there also with the opposite.
+    """
+    budgets = sorted({*BUDGETS, own.budget} - {0.0})
+    cells = [Cell("none", 0.0)] + [Cell(name, share, own.carry) for name in FOLLOWING for share in budgets]
+    if own.policy in FOLLOWING:
+        cells += [Cell(own.policy, share, not own.carry) for share in budgets]
+    return cells
+
+
+def own_cell(policy: str, budget: float, carry: bool) -> Cell:
+    """The cell of a config."""
+    return Cell(policy, budget, carry) if policy in FOLLOWING else Cell("none", 0.0)
 
 
 class Shadowed:
@@ -57,7 +71,7 @@ class Shadowed:
     def _shadow(self, cell: Cell) -> Environment:
         real = self._real
         budget = int(cell.budget * len(real.index))
-        refresh: RefreshConfig = dataclasses.replace(real.refresh, policy=cell.policy, budget=budget)
+        refresh: RefreshConfig = dataclasses.replace(real.refresh, policy=cell.policy, budget=budget, carry=cell.carry)
         index = VersionedIndex.build(self._vectors(), 0, "exact")
         return Environment(index, real.reward_config, refresh, probes=0, seed=0)
 
