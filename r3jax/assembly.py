@@ -109,6 +109,12 @@ class Parts:
         return max(map(len, self.dataset.positives(self.config.data.train_split).values()))
 
     @functools.cached_property
+    def grades(self) -> dict[int, list[int]]:
+        """Of the positives of each training query, by its row."""
+        data = self.dataset
+        return {data.query_row[query]: found for query, found in data.grades(self.config.data.train_split).items()}
+
+    @functools.cached_property
     def documents(self) -> list[list[int]]:
         """Token rows of the corpus."""
         return self.chat.documents(self.dataset.doc_texts, self.config.data.max_doc_tokens)
@@ -338,6 +344,7 @@ def _rl(p: Parts, start) -> Stage:
         encode_batch=c.evaluate.batch_size,
         probe_every=r.probe_every,
         most_positives=p.most_positives,
+        grades=p.grades,
         seed=c.seed + 1,  # another order and other noise than stage 1
         refill=r.dynamic_sampling,
         mask_overlong=r.overlong == "mask",

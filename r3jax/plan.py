@@ -17,7 +17,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from ml_collections import ConfigDict
@@ -192,6 +192,7 @@ class _Longest(assembly.Parts):
 
     thinker = None
     most_positives = 1
+    grades: ClassVar[dict[int, list[int]]] = {}
 
     @cached_property
     def source(self):

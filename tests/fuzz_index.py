@@ -49,7 +49,16 @@ class Sequence:
         self.index = VersionedIndex.build(self.disguised(vectors), 0, name, **self.options)
         self.model = dict(enumerate(vectors))
         self.versions = dict.fromkeys(range(self.size), 0)
-        calls = [self.upsert, self.upsert, self.carry, self.delete, self.search, self.search, self.save_and_load, self.rebuild]
+        calls = [
+            self.upsert,
+            self.upsert,
+            self.carry,
+            self.delete,
+            self.search,
+            self.search,
+            self.save_and_load,
+            self.rebuild,
+        ]
         for _ in range(self.rng.integers(2, 8)):
             self.pick(calls)()
             self.same()

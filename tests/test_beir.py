@@ -40,6 +40,7 @@ def test_reads_a_folder(folder):
     assert data.thoughts == {"q1": "tar archive"}
     assert data.skipped == []
     assert data.positives("train") == {"q1": [0, 1], "q2": [1]}  # grade 2 first; grade 0 is not relevant
+    assert data.grades("train") == {"q1": [2, 1], "q2": [1]}
     assert data.positives("test") == {"q2": [1]}
     with pytest.raises(UserError, match="split 'dev'.*test, train"):
         data.positives("dev")

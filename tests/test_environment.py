@@ -1,5 +1,7 @@
 """The RL environment on synthetic drifting vectors: no model, `encode` looks the current vectors up."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -118,6 +120,22 @@ def reward_terms(rollouts: Rollouts) -> np.ndarray:
     """The format and length terms, weighted."""
     length = np.minimum(1.0, np.minimum(rollouts.lengths / 2, 2 - rollouts.lengths / 8))
     return 0.1 * rollouts.emitted + 0.1 * length
+
+
+def test_grades_reach_the_reward():
+    world = World()
+    rollouts = world.rollouts(noise=0.6)
+    gains = np.where(rollouts.relevant >= 0, 1, 0)
+    gains[:, 1] *= 5
+    found = []
+    for given in (None, np.ones_like(gains), gains):
+        env = environment(world, policy="full", name="ndcg")
+        rewards, _ = env.score(dataclasses.replace(rollouts, gains=given), world.encode, 1)
+        found.append(rewards)
+    np.testing.assert_array_equal(found[0], found[1])
+    two = rollouts.relevant[:, 1] >= 0  # with one relevant document its grade cancels
+    np.testing.assert_allclose(found[2][~two], found[0][~two], atol=1e-12)
+    assert (found[2][two & rollouts.emitted] != found[0][two & rollouts.emitted]).any()
 
 
 def test_positives_that_the_search_misses_join_the_ranking():

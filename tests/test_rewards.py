@@ -37,6 +37,20 @@ def test_dcg_scaled_by_hand():
     np.testing.assert_allclose(call(dcg_scaled, k=1), [0.0, 0.6])  # one place, so the ideal has one document
 
 
+def test_grades_weigh_what_is_found_and_what_could_be():
+    gains = np.array([[2, 0], [1, 3]])
+    ideal = 3 + 1 / math.log2(3)
+    np.testing.assert_allclose(call(ndcg, gains=gains), [1 / math.log2(3), (1 + 3 * 0.5) / ideal])
+    np.testing.assert_allclose(call(dcg_scaled, gains=gains), [0.8 / math.log2(3), 0.6 / ideal])
+    np.testing.assert_allclose(call(dcg_scaled, k=1, gains=gains), [0.0, 0.6 / 3])
+    for reward in (mrr, log_rank, margin):
+        np.testing.assert_array_equal(call(reward, gains=gains), call(reward))
+    with pytest.raises(ValueError, match="gains"):
+        call(ndcg, gains=gains[:, :1])
+    with pytest.raises(ValueError, match="gains"):
+        call(ndcg, gains=-gains)
+
+
 def test_the_other_rewards_by_hand():
     ideal = 1 + 1 / math.log2(3)
     np.testing.assert_allclose(call(ndcg), [1 / math.log2(3), (1 + 0.5) / ideal])

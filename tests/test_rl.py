@@ -182,6 +182,7 @@ def test_the_sampled_rows_are_prompt_completion_and_terminal(parts, batch, plain
         row = prompts.index(prompt)
         known = batch["known"][b]
         assert list(known[known >= 0]) == relevant[parts.dataset.query_ids[row]]
+        assert parts.grades[row] == [1] * (known >= 0).sum()
         positive, *wrong = batch["doc_rows"][b]
         assert positive == known[0] and len(set(wrong) - set(known)) == parts.config.rl.hard_negatives
         for j, doc in enumerate(batch["doc_rows"][b]):

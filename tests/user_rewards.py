@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def closeness(rows, scores, relevant, positive_scores, *, k, size, ranks, emitted):
+def closeness(rows, scores, relevant, positive_scores, *, k, size, ranks, emitted, gains):
     """Cosine of the best relevant document, and a little for its exact rank."""
     return np.where(relevant >= 0, positive_scores, -1).max(1) + 0.01 / ranks
 

@@ -56,14 +56,21 @@ class Dataset:
 
         Queries come in the order of queries.jsonl. Raises UserError for an unknown split.
         """
+        return {query: [self.doc_row[doc] for doc, _ in judged] for query, judged in self._relevant(split).items()}
+
+    def grades(self, split: str) -> dict[str, list[int]]:
+        """Query id → grades of its `positives`, in their order."""
+        return {query: [grade for _, grade in judged] for query, judged in self._relevant(split).items()}
+
+    def _relevant(self, split: str) -> dict[str, list[tuple[str, int]]]:
         if split not in self.qrels:
             raise UserError(f"split {split!r} is not in data set {self.name!r}; use one of: {', '.join(self.qrels)}.")
         judged, found = self.qrels[split], {}
         for query in self.query_ids:
             grades = sorted(judged.get(query, {}).items(), key=lambda pair: -pair[1])  # stable: file order
-            rows = [self.doc_row[doc] for doc, grade in grades if grade > 0]
-            if rows:
-                found[query] = rows
+            relevant = [(doc, grade) for doc, grade in grades if grade > 0]
+            if relevant:
+                found[query] = relevant
         return found
 
 

@@ -37,6 +37,7 @@ class Rollouts:
     relevant: np.ndarray  # [R, P] document rows, -1 where there are fewer
     emitted: np.ndarray  # [R] the embed token came by itself
     lengths: np.ndarray  # [R] tokens of the thought, the embed token not counted
+    gains: np.ndarray | None = None  # [R, P] grades of `relevant`; None: 1 each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +282,7 @@ class Environment:
             size=len(self.index),
             ranks=self._ranks(rollouts, own, rows, ranked, index, overdue) if self._retrieval.needs_ranks else None,
             emitted=rollouts.emitted,
+            gains=np.ones(rollouts.relevant.shape) if rollouts.gains is None else rollouts.gains,
         )
         known = np.isfinite(found["retrieval"])
         terms = {

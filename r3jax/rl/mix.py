@@ -63,10 +63,11 @@ def resolve(name: str) -> Callable[..., np.ndarray]:
     if not callable(found):
         raise ValueError(f"names {name}, but {module} has no function {function}")
     try:
-        inspect.signature(found).bind(*[None] * 4, k=None, size=None, ranks=None, emitted=None)
+        inspect.signature(found).bind(*[None] * 4, k=None, size=None, ranks=None, emitted=None, gains=None)
     except (TypeError, ValueError) as e:
         raise ValueError(
-            f"names {name}, which must take (rows, scores, relevant, positive_scores, *, k, size, ranks, emitted): {e}"
+            f"names {name}, which must take (rows, scores, relevant, positive_scores, "
+            f"*, k, size, ranks, emitted, gains): {e}"
         ) from None
     return found
 
@@ -84,14 +85,16 @@ class Retrieval:
         self._rewards = {name: resolve(name) for name in self.weights}
         self.needs_ranks = any(name == "log_rank" or name not in REWARDS for name in self.weights)
 
-    def __call__(self, rows, scores, relevant, positive_scores, *, k, size, ranks, emitted) -> dict[str, np.ndarray]:
+    def __call__(
+        self, rows, scores, relevant, positive_scores, *, k, size, ranks, emitted, gains
+    ) -> dict[str, np.ndarray]:
         """{"retrieval": the weighted sum [R]}, and of a mix each part beside it, as `label` calls it.
 
         Not finite where a user's function is not; 0 for a rollout that did not emit the token. Raises UserError,
         which names the function, where one fails or does not return [R] numbers.
         """
         given = (rows, scores, relevant, positive_scores)
-        named = {"k": k, "size": size, "ranks": ranks, "emitted": emitted}
+        named = {"k": k, "size": size, "ranks": ranks, "emitted": emitted, "gains": gains}
         total, parts = np.zeros(len(rows)), {}
         for name, reward in self._rewards.items():
             if name in REWARDS:

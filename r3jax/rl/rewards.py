@@ -2,7 +2,7 @@
 
 Every retrieval reward has the same signature, takes what one fresh ranking offers and returns float64 [R]:
 
-    reward(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None)
+    reward(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None, gains=None)
 
   rows             int [R, K]   candidate documents ranked by their fresh vectors, best first, K >= k; -1: no document
   scores           [R, K]       their cosines, descending; -1, the least, where there is no document
@@ -12,6 +12,7 @@ Every retrieval reward has the same signature, takes what one fresh ranking offe
   size             int          N, the number of documents in the corpus
   ranks            int [R]      exact rank (from 1) of the best relevant document; only `log_rank` needs it
   emitted          bool [R]     whether the rollout wrote the embed token; a rollout that did not gets 0
+  gains            [R, P]       grades of `relevant`, above 0 and ignored at -1; 1 each where not given
 
 The paper's own reward is not published in full; `dcg_scaled` is our reading of it (graded by rank and by
 closeness), `log_rank` follows LREM and `margin` ELVA. A non-finite number in the input of an emitting
@@ -22,28 +23,28 @@ relevant documents.
 import numpy as np
 
 
-def dcg_scaled(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
-    """(1/Z) sum over the relevant in the top k of max(0, cosine) / log2(rank + 1), in [0, 1].
+def dcg_scaled(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None, gains=None):
+    """(1/Z) sum over the relevant in the top k of gain * max(0, cosine) / log2(rank + 1), in [0, 1].
 
     Z is the same sum for the ideal order with cosines of 1, over as many relevant documents as fit into k.
     """
-    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
+    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted, gains)
     return ranking.finish(ranking.discounted_gain(np.maximum(ranking.scores, 0.0)))
 
 
-def ndcg(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
-    """nDCG@k, in [0, 1] (Järvelin & Kekäläinen 2002)."""
-    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
+def ndcg(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None, gains=None):
+    """nDCG@k with linear gains, in [0, 1] (Järvelin & Kekäläinen 2002)."""
+    ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted, gains)
     return ranking.finish(ranking.discounted_gain(1.0))
 
 
-def mrr(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
+def mrr(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None, gains=None):
     """1 / rank of the first relevant document in the top k, 0 where there is none."""
     ranking = _Ranking(rows, scores, relevant, positive_scores, k, size, emitted)
     return ranking.finish((ranking.hits / np.arange(1, k + 1)).max(axis=1))
 
 
-def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
+def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None, gains=None):
     """1 - log(rank) / log(N) with the exact rank of the best relevant document, in [0, 1] (LREM).
 
     `ranks` is needed: a ranking cut at K does not tell the rank of a document that is not in it.
@@ -63,7 +64,7 @@ def log_rank(rows, scores, relevant, positive_scores, *, k, size, ranks=None, em
     return ranking.finish(1.0 - np.log(ranks) / np.log(size))
 
 
-def margin(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None):
+def margin(rows, scores, relevant, positive_scores, *, k, size, ranks=None, emitted=None, gains=None):
     """Cosine to the best relevant document minus the best irrelevant one's, in [-2, 2]; does not saturate.
 
     Source: ELVA. Every document among the K candidates that is not relevant is a negative; if none is, the margin
@@ -130,7 +131,7 @@ def combine(terms: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarr
 class _Ranking:
     """Checked inputs of one call, with the relevant documents found among the candidates."""
 
-    def __init__(self, rows, scores, relevant, positive_scores, k, size, emitted):
+    def __init__(self, rows, scores, relevant, positive_scores, k, size, emitted, gains=None):
         rows, relevant = np.asarray(rows), np.asarray(relevant)
         scores = np.asarray(scores, np.float64)
         positive_scores = np.asarray(positive_scores, np.float64)
@@ -161,13 +162,22 @@ class _Ranking:
         match = (rows[:, :, None] == relevant[:, None, :]) & self.known[:, None, :]
         self.all_hits = match.any(axis=2)
         self.hits = self.all_hits[:, :k]
+        gains = np.ones(relevant.shape) if gains is None else np.asarray(gains, np.float64)
+        if gains.shape != relevant.shape:
+            raise ValueError(f"gains must have the shape of relevant, {relevant.shape}, not {gains.shape}")
+        self.gains = np.where(self.known, gains, 0.0)
+        _finite("gains", self.gains)
+        if (self.gains[self.known] <= 0).any():
+            raise ValueError("gains of relevant documents must be above 0")
+        self.hit_gains = (match[:, :k] * self.gains[:, None, :]).max(axis=2, initial=0.0)
         self.scores = self.all_scores[:, :k]
 
     def discounted_gain(self, closeness) -> np.ndarray:
         """DCG@k of the hits times `closeness` [R, k], over the ideal DCG@k; 0 without relevant documents."""
         discount = 1.0 / np.log2(np.arange(2, self.k + 2))
-        found = (self.hits * closeness * discount).sum(axis=1)
-        ideal = np.append(0.0, np.cumsum(discount))[np.minimum(self.known.sum(axis=1), self.k)]
+        found = (self.hit_gains * closeness * discount).sum(axis=1)
+        best = -np.sort(-self.gains, axis=1)[:, : self.k]
+        ideal = (best * discount[: best.shape[1]]).sum(axis=1)
         return np.divide(found, ideal, out=np.zeros(len(found)), where=ideal > 0)
 
     def finish(self, reward) -> np.ndarray:

@@ -13,6 +13,7 @@ Axes: B prompts, G samples per prompt, R = B G rollouts, T new tokens, P prompt 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -64,14 +65,18 @@ class PolicyConfig:
 
 
 class PromptTransform:
-    """A training record as what a rollout needs: its row, its known relevant documents, at most so many."""
+    """A training record as what a rollout needs: its row, its relevant documents, at most so many, and their grades."""
 
-    def __init__(self, most_positives: int):
-        self.most_positives = most_positives
+    def __init__(self, most_positives: int, grades: Mapping[int, list[int]]):
+        self.most_positives, self.grades = most_positives, grades
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        known = fill(record["positives"], self.most_positives, -1)
-        return {"query": np.array(record["query_row"], np.int32), "known": known}
+        row, positives = record["query_row"], record["positives"]
+        return {
+            "query": np.array(row, np.int32),
+            "known": fill(positives, self.most_positives, -1),
+            "gains": fill(self.grades.get(row, [1] * len(positives)), self.most_positives),
+        }
 
 
 class RL:
@@ -80,6 +85,7 @@ class RL:
     Args:
       documents: token rows of the whole corpus, by document row.
       queries: texts, by query row.
+      grades: of each query's relevant documents, best first, by query row; 1 each where there are none.
       refill: rounds in which groups without a spread of rewards may be replaced; see `r3jax.stages.rollouts`.
       mask_overlong: whether completions that were cut at the limit are left out of the policy's loss and its KL
         (DAPO); their rewards stay in their group's mean.
@@ -109,6 +115,7 @@ class RL:
         seed: int,
         most_positives: int,
         policy: PolicyConfig,
+        grades: Mapping[int, list[int]] | None = None,
         refill: int = 0,
         mask_overlong: bool = False,
         on_nan: str = "stop",
@@ -117,7 +124,8 @@ class RL:
         self.queries, self.documents, self.chat, self.lengths = queries, documents, chat, lengths
         self.mask_overlong = mask_overlong
         self.encode_batch, self.probe_every = encode_batch, probe_every
-        self._stream = stream(source, transform=PromptTransform(most_positives), batch_size=prompts, seed=seed)
+        transform = PromptTransform(most_positives, grades or {})
+        self._stream = stream(source, transform=transform, batch_size=prompts, seed=seed)
         self.collector = Collector(
             stream=self._stream,
             queries=queries,

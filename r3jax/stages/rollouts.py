@@ -36,6 +36,7 @@ class Groups:
 
     query: np.ndarray  # [B] query rows
     known: np.ndarray  # [B, P] relevant document rows, -1 where there are fewer
+    gains: np.ndarray  # [B, P] their grades
     prompts: np.ndarray  # [B, W] right-padded token rows
     prompt_lengths: np.ndarray  # [B]
     done: Any  # Completions, as numpy arrays
@@ -59,6 +60,7 @@ class Groups:
             relevant=np.repeat(self.known, self.done.tokens.shape[1], axis=0),
             emitted=self.done.emitted.reshape(-1),
             lengths=self.done.lengths.reshape(-1) - 1,
+            gains=np.repeat(self.gains, self.done.tokens.shape[1], axis=0),
         )
 
 
@@ -128,6 +130,7 @@ class Collector:
         groups = Groups(
             query=batch["query"],
             known=batch["known"],
+            gains=batch["gains"],
             prompts=prompts,
             prompt_lengths=lengths,
             done=done,
