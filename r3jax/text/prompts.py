@@ -37,7 +37,7 @@ class Prompts:
         "2. list its key terms, each with a brief definition; "
         "3. add synonyms and related terms; "
         "4. mention related topics, without going on at length. "
-        "End every answer with the embedding token."
+        "End every answer with <|embed_token|>."
     )
 
 
