@@ -4,11 +4,14 @@ import errno
 import json
 import pathlib
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import rl
+from configs import base, rl
+from r3jax import assembly
 from r3jax.errors import UserError
+from r3jax.model.sharding import make_mesh
 from r3jax.run import config as configs
 from r3jax.run.rules import RULES
 
@@ -310,3 +313,11 @@ def test_a_full_disk_is_one_sentence_and_other_errors_keep_their_trace(tmp_path,
     assert said == f"error: No space left on device at {tmp_path}/file; make room and give the same command again.\n"
     with pytest.raises(OSError, match="file"):
         configs.run_main(lambda argv: write(errno.EIO))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", base.SIZES)
+def test_every_size_splits_over_the_devices_of_a_machine(size, devices):
+    """The defaults as they are, on the default mesh."""
+    mesh = make_mesh(**rl.get_config(size).mesh, devices=jax.devices()[:devices])
+    assembly.check_mesh(rl.get_config(size), mesh)
