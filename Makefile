@@ -87,7 +87,8 @@ $(BENCH):
 	@rm -f .venv-bench/.done-* && touch $@
 
 bench: $(BENCH) ## our speed beside the peers', in an environment of its own: half an hour on two cores
-	for name in rollout sft "where 25m" encode rl_step refresh decode start curves index "import 0_5b"; do \
+	for name in "rollout --rounds=2" "sft --rounds=2" "where 25m" "encode --rounds=2" "rl_step --rounds=2" \
+		"refresh tiny" "decode --rounds=1" start curves index "import 0_5b"; do \
 		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
 	done
 

@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 
+from bench import peaks
+
 GIB = 2**30
 READERS = {
     "r3jax, 1 device, bf16": ("ours", 1, "bfloat16"),
@@ -99,6 +101,7 @@ def in_a_process(what: str, *args: str, devices: int = 1) -> dict:
 
 
 def main(size: str) -> int:
+    print(peaks.sentence(peaks.measure()), "\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="r3jax-import-") as name:
         folder = pathlib.Path(name)
         in_a_process("write", name, size)
