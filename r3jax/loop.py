@@ -120,7 +120,6 @@ def run_stage(
                     checkpointer.wait()
                     stop.stepping = False
                 if stopping or (measuring and stop.asked):
-                    stage.close()
                     stop.end()
                 if measuring:
                     measure(step, state)
@@ -128,7 +127,6 @@ def run_stage(
                 mark = time.perf_counter()
     checkpointer.wait()
     stop.stepping = False
-    stage.close()
 
 
 def check_ability(kl: float | None, stage: str, step: int, parts: Parts) -> None:

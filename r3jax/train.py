@@ -105,6 +105,8 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
             except UserError:
                 checkpointers[name].wait()  # whoever mends the mistake goes on from it
                 raise
+            finally:
+                stage.close()  # data workers that nobody ends are waited for without end
             del state
         for checkpointer in checkpointers.values():
             checkpointer.close()
