@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import jax
@@ -178,6 +179,25 @@ def test_with_init_from_stage_1_is_skipped(finished, tmp_path):
     assert {m: start[m] for m in METRICS} == pytest.approx({m: end[m] for m in METRICS})  # its weights
     kept = [(f / "tokenizer" / "tokenizer.json").read_bytes() for f in (folder, tmp_path / "run")]
     assert kept[0] == kept[1]
+
+
+def test_room_is_asked_for_all_that_is_saved(finished, tmp_path, monkeypatch):
+    """The index too."""
+    seen = []
+    for name, at in (("check_room", 0), ("save", 1)):
+        real = getattr(Checkpointer, name)
+
+        def told(self, *given, real=real, at=at, **named):
+            seen.append([(x.shape, x.dtype) for x in jax.tree.leaves(given[at])])
+            return real(self, *given, **named)
+
+        monkeypatch.setattr(Checkpointer, name, told)
+    monkeypatch.setattr(train, "compare", lambda *_: sys.exit("trained"))
+    argv = [*fixtures.flags(finished[0].parent, init_from=finished[0], rl__steps=1), f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit, match="trained"):
+        train.main(argv)
+    asked, saved = seen
+    assert asked == saved
 
 
 # A stage, interrupted after two steps, in one process.
