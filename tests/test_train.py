@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from r3jax import assembly, train
+from r3jax import assembly, loop, train
 from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.model.sharding import make_mesh
 from r3jax.results import curves
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
+from r3jax.run.peers import Peers
 from tests import fixtures
 
 CONDITIONS = ("direct", "reasoning", "averaged", "empty", "shuffled", "copied")
@@ -198,6 +199,30 @@ def test_room_is_asked_for_all_that_is_saved(finished, tmp_path, monkeypatch):
         train.main(argv)
     asked, saved = seen
     assert asked == saved
+
+
+def test_what_takes_long_beside_the_steps_gives_signs_of_life(finished, tmp_path, monkeypatch):
+    """Else a job of several processes would be taken for one that hangs."""
+    beats, heard = [], {}
+
+    def listening(name, work):
+        def listened(*given):
+            before = len(beats)
+            result = work(*given)
+            heard[name] = len(beats) - before
+            return result
+
+        return listened
+
+    monkeypatch.setattr(Peers, "beat", lambda peers: beats.append(1))
+    monkeypatch.setattr(loop, "validate", listening("validate", loop.validate))
+    monkeypatch.setattr(train, "compare", listening("compare", train.compare))
+    few = {"rl__steps": 1, "evaluate__thoughts": 0, "data__eval_splits": "unseen"}
+    argv = [*fixtures.flags(finished[0].parent, init_from=finished[0], **few), f"--workdir={tmp_path / 'run'}"]
+    train.main(argv, listening("stage", assembly.make_stage))
+    corpus = -(-200 // fixtures.MICRO["evaluate.batch_size"])  # batches
+    assert heard["stage"] == corpus and heard["validate"] >= corpus + 2
+    assert heard["compare"] >= 2 * (1 + corpus + 5)  # of two models: weights, documents, conditions
 
 
 # A stage, interrupted after two steps, in one process.
