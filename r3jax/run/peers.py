@@ -41,7 +41,8 @@ class Peers:
 
     def __init__(self, hang: float = 0.0):
         several = jax.distributed.is_initialized()  # else nothing need be known of devices
-        self.rank, self.count = (jax.process_index(), jax.process_count()) if several else (0, 1)
+        self.rank = jax.process_index() if several else 0
+        self.count = jax.process_count() if several else 1
         self.hang = hang
         self._step, self._over = 0, threading.Lock()
         self._lines: dict[int, socket.socket] = {}  # to each peer, of process 0; to process 0, of the others
