@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from r3jax.model import params as model_params
 from r3jax.model.hub import local_folder
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import batch_parts
-from r3jax.reader import OnRows, Reader, nobody
+from r3jax.reader import OnRows, Reader, nobody, unheard
 from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
 from r3jax.run import fingerprint
@@ -76,6 +76,7 @@ class Parts:
     dataset: beir.Dataset
     chat: ChatFormat
     model: ModelConfig
+    beat: Callable[[], None] = unheard
 
     @functools.cached_property
     def thinker(self) -> thoughts.Thinker | None:
@@ -130,6 +131,7 @@ class Parts:
             max_new=c.data.max_thought_tokens + 1,
             thoughts=c.evaluate.get("thoughts", 0),  # runs from before it are read too
             batch_size=c.evaluate.batch_size,
+            beat=self.beat,
         )
 
     @functools.cached_property
@@ -168,11 +170,12 @@ def parts(
     mesh: jax.sharding.Mesh,
     data: str | None = None,
     begun: bool = True,
+    beat: Callable[[], None] = unheard,
 ) -> Parts:
     """Reads the data set and the tokenizer, and fixes the model's sizes.
 
     `data` is another data set's folder than the config's. The tokenizer is built once and kept with the run;
-    `begun` False builds it anew, for the kept one may be of another config.
+    `begun` False builds it anew, for the kept one may be of another config. `beat` hears of each batch that is read.
     """
     d = config.data
     dataset = beir.load(data or d.path, on_error=d.on_error)
@@ -183,7 +186,7 @@ def parts(
     tokenizer = processes.in_turn(lambda first: _tokenizer(config, workdir, dataset, begun or not first))
     chat = ChatFormat(tokenizer, Prompts(**config.prompts))
     model = weights.here(weights.model_config(config, tokenizer), mesh)
-    return Parts(config, workdir, mesh, dataset, chat, model)
+    return Parts(config, workdir, mesh, dataset, chat, model, beat)
 
 
 def keep_start(p: Parts, start) -> None:

@@ -28,6 +28,7 @@ from r3jax.model.hub import local_folder
 from r3jax.model.sharding import make_mesh
 from r3jax.run import command
 from r3jax.run.config import run_main
+from r3jax.run.peers import Peers
 from r3jax.run.progress import progress
 from r3jax.search_r3 import SearchR3
 from r3jax.text.prompts import ChatFormat
@@ -46,43 +47,44 @@ def main(argv: list[str]) -> None:
     source, data, out = given.words
     dtype = given.choice("dtype", ("float32", "float16"), "float32")
     max_length, batch_size = given.whole("max-length"), given.whole("batch-size")
+    on_error = given.choice("on-error", ("strict", "skip"), "strict")
     processes.connect()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it where there are several processes, and nobody asks
-    on_error = given.choice("on-error", ("strict", "skip"), "strict")
-    documents, prompt = Documents(data, on_error=on_error), given.flags["prompt"]
-    check_out(pathlib.Path(out))
-    command.prepare()
-    mesh = make_mesh(devices=jax.local_devices())
-    model = SearchR3.from_pretrained(local_folder(source, "MODEL"), max_length, batch_size, mesh=mesh)
-    reader, limit = model.reader, model.max_document
-    if prompt:
-        prompts = dataclasses.replace(reader.chat.prompts, direct_system=prompt)
-        reader = dataclasses.replace(reader, chat=ChatFormat(reader.chat.tokenizer, prompts))
+    with Peers():  # what ends one process ends all
+        documents, prompt = Documents(data, on_error=on_error), given.flags["prompt"]
+        check_out(pathlib.Path(out))
+        command.prepare()
+        mesh = make_mesh(devices=jax.local_devices())
+        model = SearchR3.from_pretrained(local_folder(source, "MODEL"), max_length, batch_size, mesh=mesh)
+        reader, limit = model.reader, model.max_document
+        if prompt:
+            prompts = dataclasses.replace(reader.chat.prompts, direct_system=prompt)
+            reader = dataclasses.replace(reader, chat=ChatFormat(reader.chat.tokenizer, prompts))
 
-    def encode(texts: Sequence[str], on_rows: Callable[[int], None]):
-        ids = reader.chat.tokens(texts)
-        vectors = reader.encode(model.params, [reader.chat.direct(text[:limit]) for text in ids], on_rows)
-        return vectors, sum(len(text) > limit for text in ids)
+        def encode(texts: Sequence[str], on_rows: Callable[[int], None]):
+            ids = reader.chat.tokens(texts)
+            vectors = reader.encode(model.params, [reader.chat.direct(text[:limit]) for text in ids], on_rows)
+            return vectors, sum(len(text) > limit for text in ids)
 
-    known = identity(model.params, reader, limit) | {"batch_size": reader.batch_size}
-    manifest = encode_corpus(
-        documents,
-        pathlib.Path(out),
-        known,
-        str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source,
-        encode,
-        reader.model.width,
-        dtype,
-        progress,
-        processes.here(),
-    )
-    if processes.leads():
-        cut = manifest["truncated"]
-        read = f"; {cut:,} were longer than {manifest['max_length']} tokens and were cut" if cut else ""
-        if manifest.get("skipped"):
-            why = f"; the first: {documents.first_skipped}" if documents.first_skipped else ""
-            print(f"warning: lines left out: {manifest['skipped']:,}{why}", file=sys.stderr)
-        print(f"{out}: {manifest['documents']:,} documents, {manifest['width']} dimensions, {dtype}{read}")
+        known = identity(model.params, reader, limit) | {"batch_size": reader.batch_size}
+        manifest = encode_corpus(
+            documents,
+            pathlib.Path(out),
+            known,
+            str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source,
+            encode,
+            reader.model.width,
+            dtype,
+            progress,
+            processes.here(),
+        )
+        if processes.leads():
+            cut = manifest["truncated"]
+            read = f"; {cut:,} were longer than {manifest['max_length']} tokens and were cut" if cut else ""
+            if manifest.get("skipped"):
+                why = f"; the first: {documents.first_skipped}" if documents.first_skipped else ""
+                print(f"warning: lines left out: {manifest['skipped']:,}{why}", file=sys.stderr)
+            print(f"{out}: {manifest['documents']:,} documents, {manifest['width']} dimensions, {dtype}{read}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from r3jax.run import command
 from r3jax.run import config as run_config
 from r3jax.run.config import run_main
 from r3jax.run.log import quiet_libraries
+from r3jax.run.peers import Peers
 from r3jax.search_r3 import SearchR3
 
 FLAGS = {
@@ -66,12 +67,13 @@ class Task:
 def main(argv: list[str]) -> None:
     processes.connect()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it where there are several processes, and nobody asks
-    if not argv or argv[0].startswith("-"):
-        of_run(argv)
-    elif weights.is_run(argv[0]):
-        of_run([f"--workdir={argv[0]}", *argv[1:]])
-    else:
-        of_published(argv[0], argv[1:])
+    with Peers():  # what ends one process ends all
+        if not argv or argv[0].startswith("-"):
+            of_run(argv)
+        elif weights.is_run(argv[0]):
+            of_run([f"--workdir={argv[0]}", *argv[1:]])
+        else:
+            of_published(argv[0], argv[1:])
 
 
 def of_run(argv: list[str]) -> None:

@@ -59,6 +59,9 @@ def run_stage(
     """
     config = parts.config
 
+    def to_save() -> dict[str, Any]:
+        return {"train": assembly.to_keep(state, parts), "host": stage.host_state()}
+
     def measure(step: int, state: TrainState) -> None:
         scores = validate(state.weights, parts)
         log.write(stage.name, step, {f"eval/{name}": value for name, value in scores.items()})
@@ -77,7 +80,7 @@ def run_stage(
     validations = stage.steps // config.evaluate.every if config.evaluate.every else 0
     planned = stage.steps // config.checkpoint.every + validations + 1
     if first <= stage.steps:
-        checkpointer.check_room(assembly.to_keep(state, parts), planned)
+        checkpointer.check_room(to_save(), planned)
     waiting: tuple | None = None
     with log.progress(stage.name, stage.steps, start=first - 1) as progress:
         if unmeasured:
@@ -113,14 +116,12 @@ def run_stage(
                     "seconds": clock["before"] + time.time() - clock["start"],
                     "unmeasured": measuring,
                 }
-                kept = {"train": assembly.to_keep(state, parts), "host": stage.host_state()}
-                checkpointer.save(step, kept, meta=meta | guards.state())
+                checkpointer.save(step, to_save(), meta=meta | guards.state())
                 stopping = stopping or stop.asked  # it may have come since
                 if stopping or measuring:
                     checkpointer.wait()
                     stop.stepping = False
                 if stopping or (measuring and stop.asked):
-                    stage.close()
                     stop.end()
                 if measuring:
                     measure(step, state)
@@ -128,7 +129,6 @@ def run_stage(
                 mark = time.perf_counter()
     checkpointer.wait()
     stop.stepping = False
-    stage.close()
 
 
 def check_ability(kl: float | None, stage: str, step: int, parts: Parts) -> None:

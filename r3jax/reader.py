@@ -26,6 +26,10 @@ def nobody(rows: int) -> None:
     """An `OnRows` that tells nobody."""
 
 
+def unheard() -> None:
+    """A sign of life that nobody waits for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reasoned:
     """What came of thinking, for each of Q queries."""
@@ -47,6 +51,7 @@ class Reader:
     max_new: int  # tokens of a thought, the embed token included
     batch_size: int
     thoughts: int = 0  # of the condition `averaged` of an evaluation; with 0 or 1 it is left out
+    beat: Callable[[], None] = unheard  # a sign of life after each batch, for whoever watches for a hang
 
     def direct(self, params, texts: Sequence[str], on_rows: OnRows = nobody) -> np.ndarray:
         """Unit vectors [Q, D] of queries read without reasoning."""
@@ -155,11 +160,17 @@ class Reader:
             vectors[chosen] = done.embedding[: len(chosen)]
             emitted[chosen] = done.emitted[: len(chosen)]
             on_rows(len(chosen))
+            self.beat()
         return thoughts, vectors, emitted
 
     def encode(self, params, rows, on_rows: OnRows = nobody, keep: slice = slice(None)) -> np.ndarray:
         """Unit vectors [N, D] of token rows that end with the embed token: `encode_rows`."""
-        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, keep=keep, on_rows=on_rows)
+
+        def told(count: int) -> None:
+            on_rows(count)
+            self.beat()
+
+        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, keep=keep, on_rows=told)
 
     def prompt_width(self, longest: int) -> int:
         """The padded length of a batch of prompts: few, for each compiles a decoding loop."""

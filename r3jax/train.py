@@ -53,7 +53,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh), Peers(config.processes.hang) as peers, Stop() as stop:
         assembly.check_mesh(config, mesh)
-        parts = assembly.parts(config, workdir, mesh, begun=resuming)
+        parts = assembly.parts(config, workdir, mesh, begun=resuming, beat=peers.beat)
         parts.source  # noqa: B018  written now, so that a cache that cannot be written is no surprise later
 
         if resuming:
@@ -105,6 +105,8 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
             except UserError:
                 checkpointers[name].wait()  # whoever mends the mistake goes on from it
                 raise
+            finally:
+                stage.close()  # data workers that nobody ends are waited for without end
             del state
         for checkpointer in checkpointers.values():
             checkpointer.close()
@@ -122,6 +124,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
                 params = weights.load_params(workdir, parts.model, mesh, name) if trained else parts.initial_params()
                 if parts.ability:
                     ability[name] = parts.ability.kl(params)
+                peers.beat()
                 yield name, params
 
         outcome = compare(parts.dataset, config.data.eval_splits, models(), parts.reader, parts.encode_corpus, workdir)

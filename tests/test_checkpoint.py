@@ -213,6 +213,22 @@ def test_the_best_outlives_restarts(tmp_path):
     assert {int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()} == {2, 5, 6}
 
 
+def test_the_last_one_known_to_be_whole_stays_until_another_is(two, capfd):
+    def left():
+        return {int(p.name) for p in two.iterdir() if p.name.isdigit()}
+
+    target = target_of(make_state())
+    flip_bit(two, 2, "meta")
+    for saves, whole, kept in (((3, 4), 1, {1, 4}), ((5, 6), 4, {4, 6})):
+        store = Checkpointer(two, keep_last=1)
+        assert_same(store.restore(None, target)[0], make_state(whole))
+        store.restore(None, {"step": target["step"]}, partial=True)
+        for step in saves:
+            store.save(step, make_state(step), meta={})
+        store.close()
+        assert left() == kept
+
+
 def test_without_metrics_there_is_no_best(tmp_path):
     store = Checkpointer(tmp_path, keep_last=1, best_key="ndcg")
     for step in (1, 2):
@@ -260,7 +276,11 @@ def test_a_disk_without_room_is_named_before_it_is_full(tmp_path, monkeypatch):
     store, state = Checkpointer(tmp_path, keep_last=2), {"x": np.zeros(250_000)}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 5 * 10**6))
     store.check_room(state, most=2)
-    with pytest.raises(UserError, match="need 0.008 GB and its disk has 0.005 GB left"):
+    with pytest.raises(UserError, match="need 0.008 GB"):  # two, the best, the next
+        store.check_room(state, most=100)
+    store.save(1, state, meta={})
+    store.restore(1, state)
+    with pytest.raises(UserError, match="need 0.01 GB and its disk has 0.005 GB left"):  # and that one
         store.check_room(state, most=100)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from r3jax.data.stream import stream
 from r3jax.losses import grad_cache, in_chunks, token_terms
 from r3jax.model.encoder import bucket_of, pad
-from r3jax.model.packing import pack, pack_length
+from r3jax.model.packing import joined, pack, pack_length, share_beginnings
 from r3jax.run.log import LEDGER, RunLog
 from r3jax.search import refresh
 
@@ -37,6 +37,17 @@ def batches(draw):
     return draw(st.lists(lengths, min_size=1, max_size=2)), shards, chunks
 
 
+def group_of(row: int, count: int, shards: int, chunks: int) -> int:
+    """A shard's rows in turn go to its chunks."""
+    each = count // shards
+    return row // each * chunks + row % each % chunks
+
+
+def at(packs, group: int, places) -> list[list[int]]:
+    """Tokens, positions, segments and branches at some places of a group's packs, laid end to end."""
+    return [leaf.reshape(len(leaf), -1)[group, places].tolist() for leaf in packs]
+
+
 @given(batches(), st.integers(0, 30))
 def test_packing_loses_doubles_and_mixes_nothing(batch, spare):
     kinds, shards, chunks = batch
@@ -55,9 +66,8 @@ def test_packing_loses_doubles_and_mixes_nothing(batch, spare):
     assert (count, width) == (shards * chunks, length) and used[0] <= most <= used[0] + max(1, used[0] // 3)
     seen = np.zeros((count, most * length), bool)
     for kind, begin in zip(rows, begins, strict=True):
-        each = len(kind) // shards
         for row, (tokens, start) in enumerate(zip(kind, begin, strict=True)):
-            group = row // each * chunks + row % each % chunks  # a shard's rows in turn go to its chunks
+            group = group_of(row, len(kind), shards, chunks)
             assert start // length == (start + len(tokens) - 1) // length  # whole in one pack
             place = np.arange(start, start + len(tokens))
             assert packs.tokens.reshape(count, -1)[group, place].tolist() == tokens
@@ -67,6 +77,74 @@ def test_packing_loses_doubles_and_mixes_nothing(batch, spare):
             assert not seen[group, place].any()
             seen[group, place] = True
     assert not packs.tokens.reshape(count, -1)[~seen].any() and not packs.segments.reshape(count, -1)[~seen].any()
+
+
+@given(batches(), st.integers(0, 30), st.integers(1, 12), st.booleans())
+def test_rows_that_begin_alike_are_branches_after_one_head(batch, spare, common, apart):
+    """All by one call with one head, or each kind by its own with a head of its own, joined."""
+    lengths, shards, chunks = batch
+    ids = iter(range(1, 10**6))
+    heads = [[next(ids) for _ in range(common + kind * apart)] for kind in range(len(lengths))]
+    heads = heads if apart else heads[:1] * len(heads)
+    # A row of one token, as `pad` makes of one that is missing, is shorter than its head.
+    rows = [
+        [head + [next(ids) for _ in range(n - 1)] if n > 1 else [0] for n in kind]
+        for head, kind in zip(heads, lengths, strict=True)
+    ]
+    width = max(len(row) for kind in rows for row in kind) + common + 2
+    padded, length = [pad(kind, width) for kind in rows], width + spare
+    given = {"length": length, "shards": shards, "chunks": chunks, "agree": lambda most: most}
+    if apart:
+        calls = zip(padded, heads, strict=True)
+        packs, begins = joined([pack([kind], head=head, few_shapes=False, **given) for kind, head in calls])
+    else:
+        packs, begins = pack(padded, head=heads[0], **given)
+    count = shards * chunks
+    taken = np.zeros((count, packs.tokens[0].size), int)
+    for kind, head, begin in zip(rows, heads, begins, strict=True):
+        for row, (tokens, start) in enumerate(zip(kind, begin, strict=True)):
+            group, many = group_of(row, len(kind), shards, chunks), len(head)
+            own = np.arange(start + many, start + max(len(tokens), many + 1))
+            first = own[0] // length * length  # of the row's pack
+            assert own[-1] < first + length and own[0] >= first + many
+            assert at(packs, group, np.arange(first, first + many)) == [head, list(range(many)), [1] * many, [0] * many]
+            branch = packs.branches.reshape(count, -1)[group, own[0]]
+            assert branch > 0 and (packs.branches[group, first // length] == branch).sum() == len(own)
+            want = tokens[many:] or [0], list(range(many, many + len(own))), [1] * len(own), [branch] * len(own)
+            assert at(packs, group, own) == list(want)
+            taken[group, own] += 1
+    assert (taken == (packs.branches.reshape(count, -1) > 0)).all()
+    assert not packs.tokens[packs.segments == 0].any()
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.integers(0, 30))
+def test_texts_that_share_a_beginning_hold_it_once_a_row(data, size, kinds, spare):
+    shards, chunks, each = (data.draw(st.integers(1, 2)) for _ in range(3))
+    count, group, ids = shards * chunks * each, size * kinds, iter(range(1, 10**6))
+    starts = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    more = data.draw(st.lists(st.integers(0, 9), min_size=count * group, max_size=count * group))
+    shared = [[next(ids) for _ in range(n)] for n in starts]
+    texts = [shared[i // group] + [next(ids) for _ in range(n)] for i, n in enumerate(more)]
+    tokens, lengths = pad(texts, max(map(len, texts)) + 1)
+    given = tokens.reshape(count, group, -1), np.array(starts), lengths.reshape(count, group)
+    rows, goes_on = share_beginnings(*given, size)
+    longest = max(int(row.lengths.max()) for row in rows)
+    packs, begins = pack(rows, length=longest + spare, shards=shards, chunks=chunks, agree=lambda most: most)
+    assert len(rows) == kinds
+    taken = np.zeros((shards * chunks, packs.tokens[0].size), int)
+    for i, text in enumerate(texts):
+        row, start = i // group, starts[i // group]
+        kind, branch = divmod(i % group, size)
+        begin, mine = begins[kind][row], group_of(row, count, shards, chunks)
+        own = begin + goes_on[row, i % group] + np.arange(len(text) - start)
+        places = np.append(begin + np.arange(start), own)
+        found = at(packs, mine, places)
+        assert found[:2] == [text, list(range(len(text)))]
+        assert found[2] == found[2][:1] * len(text) and found[3] == [0] * start + [branch + 1] * (len(text) - start)
+        pack_of_row = packs.segments[mine, begin // (longest + spare)]
+        assert (pack_of_row == found[2][0]).sum() == rows[kind].lengths[row]
+        taken[mine, places if branch == 0 else own] += 1
+    assert (taken == (packs.segments.reshape(len(taken), -1) > 0)).all()
 
 
 @given(st.integers(1, 40_000), st.integers(0, 500))

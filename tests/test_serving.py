@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import resource
 import signal
 import socket
 import sys
@@ -442,6 +443,40 @@ def test_clients_that_dawdle(served, sent, dripped, said):
                     client.sendall(dripped)
         assert said in answer.decode()
         assert httpx2.get(f"{address}/healthz").status_code == 200
+
+
+def test_bodies_that_do_not_come_keep_nobody_out(served):
+    """Not by their number, while they are waited for, and not by their size."""
+    limits = Limits(requests=2, bodies_bytes=190_000, body_seconds=3.0)
+    large = POSTED.replace(b"99", b"150000") + b" " * 100_000
+    with running(served, limits) as address, contextlib.ExitStack() as opened:
+
+        def send(sent):
+            connection = socket.create_connection(address.removeprefix("http://").split(":"), timeout=20)
+            connection.sendall(sent)
+            return opened.enter_context(connection)
+
+        def ask() -> int:
+            return httpx2.post(f"{address}/search", json={"query": "x"}, timeout=20).status_code
+
+        silent = [send(POSTED) for _ in range(5)] + [send(large)]
+        assert ask() == 200
+        assert b" 503 " in (refused := send(large).makefile("rb").read()) and b"too much is being sent" in refused
+        assert ask() == 200
+        for connection in silent:
+            answer = connection.makefile("rb").read()
+            assert b" 408 " in answer and b"or none of it for 3 s" in answer
+        begun = send(large)  # there is room again
+        assert ask() == 200
+        begun.sendall(b" " * 50_000)
+        assert b" 400 " in begun.recv(4096)
+
+
+def test_the_system_allows_as_many_connections_as_it_can(served):
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few - 1, most))
+    with running(served):
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
 
 
 def test_without_an_index_or_a_head(served, model):

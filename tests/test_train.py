@@ -5,19 +5,21 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 
-from r3jax import assembly, train
+from r3jax import assembly, loop, train
 from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.model.sharding import make_mesh
 from r3jax.results import curves
 from r3jax.run import config as run_config
 from r3jax.run.checkpoint import Checkpointer
+from r3jax.run.peers import Peers
 from tests import fixtures
 
 CONDITIONS = ("direct", "reasoning", "averaged", "empty", "shuffled", "copied")
@@ -178,6 +180,49 @@ def test_with_init_from_stage_1_is_skipped(finished, tmp_path):
     assert {m: start[m] for m in METRICS} == pytest.approx({m: end[m] for m in METRICS})  # its weights
     kept = [(f / "tokenizer" / "tokenizer.json").read_bytes() for f in (folder, tmp_path / "run")]
     assert kept[0] == kept[1]
+
+
+def test_room_is_asked_for_all_that_is_saved(finished, tmp_path, monkeypatch):
+    """The index too."""
+    seen = []
+    for name, at in (("check_room", 0), ("save", 1)):
+        real = getattr(Checkpointer, name)
+
+        def told(self, *given, real=real, at=at, **named):
+            seen.append([(x.shape, x.dtype) for x in jax.tree.leaves(given[at])])
+            return real(self, *given, **named)
+
+        monkeypatch.setattr(Checkpointer, name, told)
+    monkeypatch.setattr(train, "compare", lambda *_: sys.exit("trained"))
+    argv = [*fixtures.flags(finished[0].parent, init_from=finished[0], rl__steps=1), f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit, match="trained"):
+        train.main(argv)
+    asked, saved = seen
+    assert asked == saved
+
+
+def test_what_takes_long_beside_the_steps_gives_signs_of_life(finished, tmp_path, monkeypatch):
+    """Else a job of several processes would be taken for one that hangs."""
+    beats, heard = [], {}
+
+    def listening(name, work):
+        def listened(*given):
+            before = len(beats)
+            result = work(*given)
+            heard[name] = len(beats) - before
+            return result
+
+        return listened
+
+    monkeypatch.setattr(Peers, "beat", lambda peers: beats.append(1))
+    monkeypatch.setattr(loop, "validate", listening("validate", loop.validate))
+    monkeypatch.setattr(train, "compare", listening("compare", train.compare))
+    few = {"rl__steps": 1, "evaluate__thoughts": 0, "data__eval_splits": "unseen"}
+    argv = [*fixtures.flags(finished[0].parent, init_from=finished[0], **few), f"--workdir={tmp_path / 'run'}"]
+    train.main(argv, listening("stage", assembly.make_stage))
+    corpus = -(-200 // fixtures.MICRO["evaluate.batch_size"])  # batches
+    assert heard["stage"] == corpus and heard["validate"] >= corpus + 2
+    assert heard["compare"] >= 2 * (1 + corpus + 5)  # of two models: weights, documents, conditions
 
 
 # A stage, interrupted after two steps, in one process.

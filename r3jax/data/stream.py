@@ -76,8 +76,9 @@ def stream(
 
 
 def _obey(worker: int, count: int) -> None:
-    """A worker ends with its process: not by a Ctrl-C, which goes to all of them, and not by outliving it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker ends with its process: not by a signal that goes to all of them, and not by outliving it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -2,7 +2,8 @@
 
 Orbax writes in the background and renames a step into place when all of it is there, so a kill during a save
 leaves the one before. What Orbax does not see are flipped bits (they restore silently) and a damaged newest
-step: `verify` sees them, and `restore` goes back, newest to oldest, to the first that is whole.
+step: `verify` sees them, and `restore` goes back, newest to oldest, to the first that is whole. That one stays until
+another has been read back: what is only written is not known to be good.
 Leaves are stored under their path's name ("params.embed"), so that a part of the state can be read alone.
 """
 
@@ -52,6 +53,7 @@ class Checkpointer:
             _hush_late_writes()
         self._keep_last, self._best_key = keep_last, best_key
         self._scores: dict[int, float | None] = {}
+        self._whole: int | None = None  # the step that was read back and verified
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -139,12 +141,13 @@ class Checkpointer:
                 raise self._unwritable(e) from e
 
     def check_room(self, state: PyTree, most: int) -> None:
-        """Raises UserError where the disk has no room for what there will be at a time: the newest, the best, the next.
+        """Raises UserError where the disk has no room for what there will be at a time: the newest, the best, the one
+        that the run went on from, the next.
 
         state: a tree of arrays, or of their shapes. most: how many checkpoints there can be in all.
         """
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        needed = min(self._keep_last + 2, most) * size
+        needed = min(self._keep_last + 2 + (self._whole is not None), most) * size
         held = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         free = shutil.disk_usage(self.folder).free
         if needed > held + free:
@@ -184,6 +187,8 @@ class Checkpointer:
                 continue
             if reasons and jax.process_index() == 0:
                 print(f"warning: {'; '.join(reasons)}; going on from step {candidate}", file=sys.stderr)
+            if not partial:
+                self._whole = candidate
             return restored
         fix = "move the folder away to start anew" if step is None else "remove it to use the others"
         raise UserError(f"{'; '.join(reasons)}; {'no whole one is left; ' if step is None else ''}{fix}.")
@@ -246,9 +251,9 @@ class Checkpointer:
             raise UserError(f"{where} it has {extra[0]}, which is not used here.")
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax asks which checkpoints to keep: the newest, and the best."""
+        """Orbax asks which checkpoints to keep: the newest, the best, and the one known to be whole."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        return [step in {*steps[-self._keep_last :], self._best(steps)} for step in steps]
+        return [step in {*steps[-self._keep_last :], self._best(steps), self._whole} for step in steps]
 
     def _best(self, steps: Sequence[int]) -> int | None:
         """The step with the highest score, the later one of two alike; None where none has any."""

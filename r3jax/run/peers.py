@@ -37,10 +37,13 @@ LATE = 10.0  # seconds after `hang` until a process whose Python is stuck too en
 
 
 class Peers:
-    """A context for the whole job. hang: seconds without a step after which it ends; 0: never."""
+    """A context for the whole job. hang: seconds without a step or batch after which it ends; 0: never."""
 
-    def __init__(self, hang: float):
-        self.rank, self.count, self.hang = jax.process_index(), jax.process_count(), hang
+    def __init__(self, hang: float = 0.0):
+        several = jax.distributed.is_initialized()  # else nothing need be known of devices
+        self.rank = jax.process_index() if several else 0
+        self.count = jax.process_count() if several else 1
+        self.hang = hang
         self._step, self._over = 0, threading.Lock()
         self._lines: dict[int, socket.socket] = {}  # to each peer, of process 0; to process 0, of the others
         self._names: dict[int, str] = {}
@@ -49,7 +52,7 @@ class Peers:
         self._left: set[int] = set()  # who said goodbye
 
     def beat(self) -> None:
-        """To be called once a step: this process has come further."""
+        """To be called after each step, or batch of an evaluation: this process has come further."""
         self._step += 1
         if self.count > 1 and self.hang:
             faulthandler.dump_traceback_later(self.hang + LATE, exit=True)
@@ -93,7 +96,7 @@ class Peers:
         faulthandler.cancel_dump_traceback_later()
         if self.count == 1:
             return
-        if error is None or (isinstance(error, SystemExit) and error.code == AGAIN):
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0, AGAIN)):
             self._left.update(self._lines)
             self._tell({"bye": True})
             return

@@ -14,6 +14,8 @@ from r3jax.serving.refusal import Refusal, overloaded
 OPEN = ("/", "/healthz", "/openapi.json")  # without a key: nothing of the model or the documents
 LIGHT = (*OPEN, "/metrics")  # answered however busy the server is
 TOO_MANY = "too many requests are being answered; try again in a second."
+TOO_MUCH = "too much is being sent at the same time; try again in a second, or send fewer texts at once."
+SMALL = 1 << 16  # bytes, which may lie in any connection's buffer anyway
 
 
 class Guard:
@@ -22,8 +24,9 @@ class Guard:
     def __init__(self, app, limits: Limits, key: str | None, metrics: Metrics):
         self.app, self.limits, self.metrics = app, limits, metrics
         self.key = None if key is None else f"Bearer {key}".encode()
-        self.active = 0  # requests
+        self.active = 0  # requests whose bodies are there: whoever only begins to ask keeps nobody out
         self.begun = 0  # whose heads are read, and that are not called yet
+        self.held = 0  # bytes of bodies, of those that are still coming too
         self._turned_away = overloaded(TOO_MANY).raw()
 
     def at_the_door(self, data: bytes) -> bytes | None:
@@ -49,8 +52,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         self.begun = max(0, self.begun - 1)  # other servers do not tell of heads
-        begin, status = time.perf_counter(), 500
-        self.active += 1
+        begin, status, body = time.perf_counter(), 500, bytearray()
 
         async def watched(message) -> None:
             nonlocal status
@@ -59,26 +61,25 @@ class Guard:
             await send(message)
 
         try:
-            await self._answer(scope, receive, watched)
+            await self._answer(scope, receive, watched, body)
         finally:
-            self.active -= 1
+            self.held -= len(body)
             route = scope.get("route")
             path = "other" if route is None else route.path  # a client's own paths would fill the memory
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - begin)
 
-    async def _answer(self, scope, receive, send) -> None:
+    async def _answer(self, scope, receive, send, body: bytearray) -> None:
         try:
             self._admit(scope)
-            if self.active > self.limits.requests and scope["path"] not in LIGHT:
-                raise overloaded(TOO_MANY)
-            body = await self._body(scope, receive)
+            self._refuse_if_full(scope)
+            if not await self._read(scope, receive, body):
+                return
+            self._refuse_if_full(scope)
         except Refusal as refusal:
             # What is left of the body is not read: the connection cannot go on.
             refusal.headers["Connection"] = "close"
             await refusal.response()(scope, receive, send)
-            return
-        if body is None:
             return
         told = False
 
@@ -87,9 +88,17 @@ class Guard:
             if told:
                 return await receive()  # the client's going away
             told = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
-        await self.app(scope, replay, send)
+        self.active += 1
+        try:
+            await self.app(scope, replay, send)
+        finally:
+            self.active -= 1
+
+    def _refuse_if_full(self, scope) -> None:
+        if self.active >= self.limits.requests and scope["path"] not in LIGHT:
+            raise overloaded(TOO_MANY)
 
     def _admit(self, scope) -> None:
         if self.key is None or scope["path"] in OPEN:
@@ -105,24 +114,29 @@ class Guard:
                 challenge,
             )
 
-    async def _body(self, scope, receive) -> bytes | None:
-        """The whole body; None if the client has gone."""
-        most = self.limits.body_bytes
+    async def _read(self, scope, receive, body: bytearray) -> bool:
+        """Fills the body; False if the client has gone."""
+        limits, most = self.limits, self.limits.body_bytes
         large = Refusal(413, f"the body is larger than {most:,} bytes; send fewer texts at once.", None, "too_large")
         said = dict(scope["headers"]).get(b"content-length", b"0")
         if said.isdigit() and int(said[:20]) > most:
             raise large
-        body = bytearray()
         try:
-            async with asyncio.timeout(self.limits.seconds):
+            async with asyncio.timeout(limits.seconds):
                 while True:
-                    message = await receive()
+                    async with asyncio.timeout(limits.body_seconds):
+                        message = await receive()
                     if message["type"] != "http.request":
-                        return None
-                    body += message.get("body", b"")
+                        return False
+                    piece = message.get("body", b"")
+                    body += piece
+                    self.held += len(piece)
                     if len(body) > most:
                         raise large
+                    if len(body) > SMALL and self.held > limits.bodies_bytes:
+                        raise overloaded(TOO_MUCH)
                     if not message.get("more_body"):
-                        return bytes(body)
+                        return True
         except TimeoutError:
-            raise Refusal(408, f"the body did not arrive within {self.limits.seconds:g} s; send it faster.") from None
+            late = f"the body did not arrive within {limits.seconds:g} s, or none of it for {limits.body_seconds:g} s"
+            raise Refusal(408, f"{late}; send it faster.") from None

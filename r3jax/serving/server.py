@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -107,6 +108,10 @@ class Server(uvicorn.Server):
         self._on_start = on_start
 
     async def startup(self, sockets=None) -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # Shells allow so few connections that slow clients would take all of them.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         await super().startup(sockets)
         if self.started:
             self._on_start()

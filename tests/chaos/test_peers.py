@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from r3jax.processes import VARIABLES
 from tests import fixtures
 
 pytestmark = pytest.mark.slow
@@ -78,6 +79,32 @@ def test_one_fails(pair, failing, fate, code, own):
     assert got == 1 and f"error: process {failing} of 2 (" in errors and "failed: " in errors, errors
     got, errors = end_of(processes[failing], 30)
     assert got == code and own in errors, errors
+
+
+@pytest.mark.parametrize("verb", ["encode", "evaluate"])
+def test_one_of_a_verb_fails(verb, tmp_path, monkeypatch):
+    """The other has begun its work meanwhile."""
+    folder, _ = fixtures.finished_run()
+    run, data = str(folder / "run"), str(folder / "data")
+    words = {
+        "encode": [(run, data, str(tmp_path / "out")), (run, "nowhere", str(tmp_path / "out"))],
+        "evaluate": [(run, f"--out={tmp_path}"), (run, "--data=nowhere")],
+    }
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+    for rank, argv in enumerate(words[verb]):
+        for name, value in zip(VARIABLES, (address, "2", str(rank)), strict=True):
+            monkeypatch.setenv(name, value)
+        started.append(fixtures.run_python("-m", f"r3jax.{verb}", *argv))
+    try:
+        code, errors = end_of(started[1], 300)
+        assert code == 2 and "error: " in errors and "nowhere" in errors, errors
+        code, errors = end_of(started[0], 30)
+        assert code == 1 and "error: process 1 of 2 (" in errors and "failed: UserError" in errors, errors
+    finally:
+        for process in started:
+            process.kill()
 
 
 @pytest.mark.parametrize("hanging", [0, 1])
