@@ -95,7 +95,7 @@ def _lines(plan_: dict):
         chunks = str(plan_["chunks"].get(CHUNKED.get(row["program"]), ""))
         gib = f"{row['total'] / GIB:.1f} of {row['limit'] / GIB:.1f}"
         fits = "yes" if row["fits"] else f"no: {row['total'] - row['limit']:,.0f} bytes too many"
-        took = f"{row['compiling']:.0f} s" if "compiling" in row else ""
+        took = _compiling(*row["compiling"]) if "compiling" in row else ""
         if not row.get("parts"):
             yield [row["program"], chunks, gib, fits, *[""] * 6, took]
         for part in row.get("parts", []):
@@ -104,6 +104,10 @@ def _lines(plan_: dict):
             yield [part["name"], chunks, gib, fits, *costs, took]
     for program in plan_["missing"]:
         yield [program, "", "", "not compiled yet"]
+
+
+def _compiling(took: float, worked: float) -> str:
+    return f"{took:.0f} s" + (f" ({worked:.0f} of CPU)" if worked else "")
 
 
 def _time(seconds: float) -> str:

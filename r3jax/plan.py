@@ -170,7 +170,7 @@ def _fitting(name: str, config: ConfigDict, mesh, there: _There, plan: dict[str,
         if row["fits"]:
             break
         miss = f"{name} in {count} chunks, mesh {tuple(mesh.shape.values())}: {report.verdict(row)}"
-        plan["tried"].append(f"{miss}; {row['compiling']:.0f} s of compiling")
+        plan["tried"].append(f"{miss}; compiled in {row['compiling'][0]:.0f} s")
     plan["flags"].append(f"--config.{name}.chunks={count}")
     yield row
 

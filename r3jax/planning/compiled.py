@@ -29,7 +29,7 @@ class Compiled:
       arguments, results, temporaries, code: bytes of HBM; results without those that take an argument's place.
       once, again: costs without a round of the loop whose length only a run knows, and those of a round.
       short: bytes beyond the memory, where the compiler refused; the others are then 0.
-      took: seconds that the compilation took.
+      took, worked: seconds that the compilation took, and of processors; 0 where that was not measured.
     """
 
     arguments: float = 0
@@ -40,6 +40,7 @@ class Compiled:
     again: hlo.Costs = hlo.Costs(0, 0, ())
     short: float = 0
     took: float = 0
+    worked: float = 0
 
     @property
     def total(self) -> float:
@@ -56,7 +57,7 @@ def compiled(program: Program, topology: Topology, mesh: jax.sharding.Mesh, cach
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if file.is_file():
         return _from_json(json.loads(file.read_text()))
-    began = time.monotonic()
+    began, work = time.monotonic(), time.process_time()
     try:
         # Without the cache of compiled programs: it would keep what nobody can run here.
         done = lowered.compile()
@@ -64,10 +65,9 @@ def compiled(program: Program, topology: Topology, mesh: jax.sharding.Mesh, cach
         short = _short(str(e))
         if short is None:
             raise
-        result = Compiled(short=short, took=time.monotonic() - began)
+        result = Compiled(short=short)
     else:
         memory, code = done.memory_analysis(), done.as_text()
-        took = time.monotonic() - began
         once, again = _costs(code, topology.chips, program)
         result = Compiled(
             arguments=memory.argument_size_in_bytes,
@@ -76,8 +76,8 @@ def compiled(program: Program, topology: Topology, mesh: jax.sharding.Mesh, cach
             code=memory.generated_code_size_in_bytes,
             once=once,
             again=again,
-            took=took,
         )
+    result = dataclasses.replace(result, took=time.monotonic() - began, worked=time.process_time() - work)
     cache.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     # The first two are for people.

@@ -27,7 +27,7 @@ def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: in
         # The compiler's layouts pad what lies in memory.
         "padding": found.arguments - given,
     }
-    row: dict[str, Any] = {"program": program.name, "limit": chip.memory, "compiling": found.took}
+    row: dict[str, Any] = {"program": program.name, "limit": chip.memory, "compiling": [found.took, found.worked]}
     if found.short:
         beside = sum(held.values()) - (on_one(program.args[0]) - program.copied)
         return row | {"memory": held, "total": chip.memory + found.short + beside, "fits": False}
