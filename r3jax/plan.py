@@ -15,7 +15,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -42,6 +42,13 @@ from r3jax.text.prompts import ChatFormat, Prompts
 
 CACHE = pathlib.Path(".cache/plan")
 ROWS = {"sft": "batch_size", "rl": "prompts"}  # the field that says how many rows a stage's batch has
+# What a config runs, in the order in which it is compiled: decoding last, for it is unrolled over the layers.
+PROGRAMS = {
+    "sft": ("SFT step",),
+    "rl": ("policy update",),
+    "encode": ("encoding",),
+    "rollout": ("prefill", "decoding"),
+}
 BASIS = {
     True: "compiled by the TPU compiler; rows as long as the config lets them be",
     False: "an ESTIMATE: partitioned for fake CPU devices, whose compiler fuses less and multiplies bf16 as fp32, so "
@@ -68,13 +75,20 @@ def main(argv: list[str]) -> None:
 
 
 def make(
-    config: ConfigDict, topology: Topology, given: Iterable[str] = (), say: Callable[[str], None] = lambda line: None
+    config: ConfigDict,
+    topology: Topology,
+    given: Iterable[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+    cache: pathlib.Path | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda plan: None,
 ) -> dict[str, Any]:
     """The plan: the first mesh on which every program fits, else the last that was tried.
 
     Args:
       given: keys of the config that are not to be changed: "mesh.…", "sft.chunks", "rl.chunks".
-      say: gets a line when a compilation begins.
+      say: gets a line when a program's turn begins.
+      cache: where compiled programs' figures are kept, in place of CACHE.
+      keep: gets the plan after each program; what it lacks by then is in its "missing".
     """
     devices, chip = topologies.devices(topology), topology.chip
     parts = _parts(config)
@@ -92,93 +106,120 @@ def make(
         "chip": chip.name,
         "basis": BASIS[topology.is_tpu],
         "tried": [],
+        "missing": [],
     }
     if not options:
         return plan | _too_large(parts, devices, chip)
+    there = _There(topology, cache or CACHE, frozenset(given), say)
+    names = [name for name in PROGRAMS if name in config or name == "encode" or (name == "rollout" and "rl" in config)]
     for sizes in options:
-        data, fsdp, tensor = sizes
-        mesh = make_mesh(data, fsdp, tensor, devices)
-        plan |= {"mesh": dict(zip(AXES, sizes, strict=True)), "programs": []}
-        flags = [f"--config.mesh.{axis}={size}" for axis, size in plan["mesh"].items()]
-        for name in (*(stage for stage in ROWS if stage in config), "encode"):
-            rows, more, tried = _fitting(name, config, topology, mesh, given, say)
-            plan["programs"] += rows
-            plan["tried"] += tried
-            flags += more
-            if not all(row["fits"] for row in rows):
+        mesh = make_mesh(*sizes, devices)
+        fitted, flags = _whole_rows(config, mesh)
+        plan |= {"mesh": dict(zip(AXES, sizes, strict=True)), "chunks": {}, "programs": []}
+        plan["flags"] = [*(f"--config.mesh.{axis}={size}" for axis, size in plan["mesh"].items()), *flags]
+        plan["missing"] = [program for name in names for program in PROGRAMS[name]]
+        keep(plan)
+        for name in names:
+            for row in _fitting(name, fitted, mesh, there, plan):
+                plan["programs"].append(row)
+                plan["missing"].remove(row["program"])
+                keep(plan)
+            if not all(row["fits"] for row in plan["programs"]):
                 break
-        plan["flags"] = flags
         if all(row["fits"] for row in plan["programs"]):
             break
+    plan["missing"] = []  # what comes after a program that does not fit is of no use
     return plan
 
 
-def _fitting(name: str, config: ConfigDict, topology: Topology, mesh, given: Iterable[str], say):
-    """(rows, flags, misses) of a stage's programs with the fewest chunks that fit, or of encoding."""
-    if name == "encode":
-        return _rows(name, config, topology, mesh, say), [], []
-    config, field, parts = config.copy_and_resolve_references(), ROWS[name], batch_parts(mesh)
-    per_chip = -(-config[name][field] // parts)
-    flags = []
-    if per_chip * parts != config[name][field]:
-        config[name][field] = per_chip * parts
-        flags = [f"--config.{name}.{field}={per_chip * parts}"]
+@dataclasses.dataclass(frozen=True)
+class _There:
+    """What programs are compiled for, and how: as `make` is told."""
+
+    topology: Topology
+    cache: pathlib.Path
+    given: frozenset[str]
+    say: Callable[[str], None]
+
+
+def _whole_rows(config: ConfigDict, mesh) -> tuple[ConfigDict, list[str]]:
+    """The config with batches that split over the mesh, and the flags that say so."""
+    config, flags, parts = config.copy_and_resolve_references(), [], batch_parts(mesh)
+    for name, field in ROWS.items():
+        if name in config and (lacking := -config[name][field] % parts):
+            config[name][field] += lacking
+            flags.append(f"--config.{name}.{field}={config[name][field]}")
+    return config, flags
+
+
+def _fitting(name: str, config: ConfigDict, mesh, there: _There, plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of a stage's programs up to one that does not fit, with the fewest chunks that do (noted in the plan)."""
+    if name not in ROWS:
+        yield from _rows(name, config, mesh, there)
+        return
+    per_chip = config[name][ROWS[name]] // batch_parts(mesh)
     counts = [config[name].chunks]
-    if f"{name}.chunks" in given and per_chip % counts[0]:
+    if f"{name}.chunks" in there.given and per_chip % counts[0]:
         raise UserError(f"config.{name}.chunks ({counts[0]}) must divide the {per_chip} rows of a chip.")
-    if f"{name}.chunks" not in given:
-        counts = [n for n in range(_least_chunks(name, config, topology, mesh), per_chip + 1) if per_chip % n == 0]
-    misses = []
+    if f"{name}.chunks" not in there.given:
+        least = _least_chunks(name, config, there.topology, mesh)
+        counts = [n for n in range(least, per_chip + 1) if per_chip % n == 0]
     for count in counts[: search.TRIALS]:
-        config[name].chunks = count
-        rows = _rows(name, config, topology, mesh, say)
-        if rows[-1]["fits"] or rows[-1]["program"] == "rollout":  # which knows no chunks
+        config[name].chunks = plan["chunks"][name] = count
+        (row,) = _rows(name, config, mesh, there)
+        if row["fits"]:
             break
-        misses.append(f"{name} in {count} chunks, mesh {tuple(mesh.shape.values())}: {report.verdict(rows[-1])}")
-    return rows, [*flags, f"--config.{name}.chunks={count}"], misses
+        miss = f"{name} in {count} chunks, mesh {tuple(mesh.shape.values())}: {report.verdict(row)}"
+        plan["tried"].append(f"{miss}; compiled in {row['compiling'][0]:.0f} s")
+    plan["flags"].append(f"--config.{name}.chunks={count}")
+    yield row
 
 
 def _least_chunks(name: str, config: ConfigDict, topology: Topology, mesh) -> int:
     """Where to begin: by arithmetic, on a batch in one chunk."""
     config[name].chunks = 1
-    *_, (program, state, model) = _programs(name, config, mesh)
-    left = topology.chip.memory - report.on_one(state) - report.on_one(state.params)  # the gradient is as large
+    ((program, state, model),) = _programs(name, config, mesh)
+    left = topology.chip.memory - programs.on_one(state) - programs.on_one(state.params)  # the gradient is as large
     parts = batch_parts(mesh)
     rows = config[name][ROWS[name]] // parts
     return search.chunks(model, rows, program.trained // parts, left, mesh.shape["tensor"])
 
 
-def _rows(name: str, config: ConfigDict, topology: Topology, mesh, say) -> list[dict[str, Any]]:
+def _rows(name: str, config: ConfigDict, mesh, there: _There) -> Iterator[dict[str, Any]]:
     """Figures of a stage's programs, up to the first that does not fit."""
-    rows = []
+    topology = there.topology
     for program, state, model in _programs(name, config, mesh):
-        say(f"{program.name} on {topology.name}, mesh {tuple(mesh.shape.values())}")
-        found = compiled(program, topology, mesh, CACHE)
+        chunks = f", {config[name].chunks} chunks" if name in ROWS else ""
+        there.say(f"{program.name} on {topology.name}, mesh {tuple(mesh.shape.values())}{chunks}")
+        found = compiled(program, topology, mesh, there.cache)
         useful = search.weights(model) - model.vocab * model.width * (1 if model.tied else 2)
-        rows.append(report.figures(program, found, state, topology.chip, topology.chips, useful))
-        if not rows[-1]["fits"]:
+        row = report.figures(program, found, state, topology.chip, topology.chips, useful)
+        there.say(f"  {report.verdict(row)}; compiled in {found.took:.0f} s")
+        yield row
+        if not row["fits"]:
             break
-    return rows
 
 
-def _programs(name: str, config: ConfigDict, mesh) -> Iterable[tuple[Program, TrainState, ModelConfig]]:
-    """(program, the TrainState that lies beside it, model) of a stage, its update last; or of encoding."""
+def _programs(name: str, config: ConfigDict, mesh) -> Iterator[tuple[Program, TrainState, ModelConfig]]:
+    """(program, the TrainState that lies beside it, model) of a name of PROGRAMS."""
     parts = _parts(config)
     there = dataclasses.replace(parts, mesh=mesh)
-    held = "rl" if name == "encode" and "rl" in config else "sft" if name == "encode" else name
-    state = _state(held, there)
+    state = _state(name if name in ROWS else "rl" if "rl" in config else "sft", there)
     c, m = config, parts.model
     if name == "encode":
         longest = parts.chat.direct_extra + c.data.max_doc_tokens
         yield programs.encoding(m, state.weights, mesh, c.evaluate.batch_size, longest), state, m
         return
-    stage: Any = assembly.make_stage(name, parts, None)  # on a device of this machine, for it keeps keys there
+    # On a device of this machine, for it keeps keys there.
+    stage: Any = assembly.make_stage("sft" if name == "sft" else "rl", parts, None)
     if name == "sft":
         transform = PairTransform(parts.source, parts.dataset, parts.chat, parts.lengths, 0.0)
         yield programs.supervised(stage, state, mesh, transform, parts.source[0], c.sft.batch_size), state, m
-    else:
-        yield programs.rollout(stage, state.weights, mesh, c.rl.prompts), state, m
+    elif name == "rl":
         yield programs.policy_update(stage, state, mesh, c.rl.prompts), state, m
+    else:
+        for program in programs.sampling(stage, state.weights, mesh, c.rl.prompts):
+            yield program, state, m
 
 
 def _state(name: str, parts: assembly.Parts) -> TrainState:
@@ -218,11 +259,11 @@ def _too_large(parts: _Longest, devices: list, chip) -> dict[str, Any]:
     mesh = make_mesh(-1, fsdp, tensor, devices=devices)
     name = next(name for name in ROWS if name in parts.config)
     state = _state(name, dataclasses.replace(parts, mesh=mesh))
-    memory = {field: report.on_one(getattr(state, field)) for field in ("params", "opt_state", "reference")}
+    memory = {field: programs.on_one(getattr(state, field)) for field in ("params", "opt_state", "reference")}
     memory["gradient"] = memory["params"]
     total = sum(memory.values())
     row = {"program": "state", "memory": memory, "total": total, "limit": chip.memory, "fits": False}
-    return {"mesh": dict(mesh.shape), "programs": [row], "flags": []}
+    return {"mesh": dict(mesh.shape), "chunks": {}, "programs": [row], "flags": []}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The plan's parts: costs read from compiled programs, roofline, names of topologies, and the smallest plan of all."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench import plan_table
 from configs.base import QWEN2_5
 from r3jax import plan
 from r3jax.errors import UserError
+from r3jax.model import sampler
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import make_mesh
-from r3jax.planning import hlo, roofline, search, topologies
-from r3jax.planning.compiled import _short
+from r3jax.planning import hlo, programs, roofline, search, topologies
+from r3jax.planning.compiled import _compiler, _short, compiled
+from r3jax.planning.programs import Program
+from r3jax.run import config as run_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIELDS = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tied")
@@ -58,6 +64,77 @@ def test_a_loop_that_only_a_run_ends():
     code = jax.jit(run).lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile().as_text()
     one = 2 * 16**3
     assert [hlo.analyse(code, 1, trips).flops for trips in (0, 1, 9)] == [0, one, 9 * one]
+
+
+def test_a_loop_whose_length_is_not_known_is_not_passed_over(tmp_path):
+    """Only decoding may have one: taken as no round at all it would make any other program cheap."""
+
+    def run(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 5, lambda x: x @ x, x)
+
+    mesh, here = make_mesh(devices=jax.devices()[:1]), topologies.read("h100:1")
+    program = Program("a step", jax.jit(run), (jax.ShapeDtypeStruct((16, 16), jnp.float32),), {})
+    with pytest.raises(ValueError, match="a step: 0 loop may have a length that only a run knows, not \\['while"):
+        compiled(program, here, mesh, tmp_path)
+    assert not list(tmp_path.iterdir())
+    found = compiled(dataclasses.replace(program, trips=9), here, mesh, tmp_path)
+    assert (found.once.flops, found.again.flops) == (0, 2 * 16**3)
+
+
+def test_another_compiler_is_asked_anew(tmp_path, monkeypatch):
+    mesh, here = make_mesh(devices=jax.devices()[:1]), topologies.read("h100:1")
+    program = Program("a step", jax.jit(jnp.sin), (jax.ShapeDtypeStruct((16,), jnp.float32),), {})
+    first = compiled(program, here, mesh, tmp_path)
+    assert compiled(program, here, mesh, tmp_path) == first and first.took > 0
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --other")
+    compiled(program, here, mesh, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1")
+    names = []
+    for flags in ("", "--xla_tpu_x=1"):
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+        names.append(_compiler(topologies.read("v5e-16")))
+    assert names == ["libtpu 1 ", "libtpu 1 --xla_tpu_x=1"]
+
+
+def test_sampling_is_what_the_sampler_runs(monkeypatch):
+    """Prefill as `sample` calls it, and decoding as it does once the cache has grown to its full size."""
+    config = run_config.load("configs/rl.py")
+    with config.unlocked():
+        config.from_scratch, config.data.max_thought_tokens = True, 39
+    mesh = make_mesh(2, 2, 1, jax.devices()[:4])
+    (first, state, model), (then, *_) = plan._programs("rollout", config, mesh)
+    assert then.cache == 2 * model.layers * (config.rl.prompts // 4) * model.kv_heads * model.head_dim * 4 * (
+        first.args[1].shape[1] + config.rl.group_size * 40
+    )
+    assert then.copied == programs.on_one(state.params["layers"])
+    calls = []
+
+    def watch(run):
+        def watched(*args, **kwargs):
+            calls.append((run, placed(args), kwargs))
+            return run(*args, **kwargs)
+
+        return watched
+
+    for name in ("prefill", "decode"):
+        monkeypatch.setattr(sampler, name, watch(getattr(sampler, name)))
+
+    def placed(tree):
+        return [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(tree)]
+
+    def made(x):
+        return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+
+    with jax.set_mesh(mesh):
+        params, *rows = jax.tree.map(made, first.args)
+        key = jax.device_put(jax.random.key(0), NamedSharding(mesh, P()))
+        options = {"temperature": 1.0} | {name: then.kwargs[name] for name in ("embed_id", "stop_ids", "temperature")}
+        # Weights of 0 make every token as likely, so hardly a row ends early and none leaves.
+        sampler.sample(params, *rows, key, **first.kwargs | options)
+    for program, (run, args, kwargs) in zip((first, then), (calls[0], calls[-1]), strict=True):
+        assert (program.function, program.kwargs) == (run, kwargs)
+        assert placed(program.args) == args
 
 
 def test_collectives_in_a_loop():
@@ -235,6 +312,18 @@ def test_no_memory_is_told_from_other_complaints():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.75G hbm. "
     assert _short(said + "Exceeded hbm capacity by 4.36G.") == 4.36 * 2**30
     assert _short("INTERNAL: something else") is None
+    said = "RESOURCE_EXHAUSTED: TPU TensorCore Hbm usage: 34.82G, SparseCore Hbm usage 174.10G, exceeding available "
+    assert _short(said + "bytes: 95.74G") == pytest.approx((34.82 + 174.10 - 95.74) * 2**30)
+
+
+def test_as_many_devices_as_chips(monkeypatch):
+    """A compiler that counts cores would have costs per chip be wrong without a word."""
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: True)
+    described = types.SimpleNamespace(devices=[None] * 8)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda name, platform: described)
+    assert len(topologies.devices(topologies.read("v5p:2x2x2"))) == 8
+    with pytest.raises(UserError, match="v5p:2x2x1 has 4 chips, and 8 devices"):
+        topologies.devices(topologies.read("v5p:2x2x1"))
 
 
 def test_the_order_of_trials():
@@ -307,10 +396,44 @@ def test_mistakes(words, said):
         plan.main(["--config=configs/sft.py", *words])
 
 
+def test_a_row_that_fails_ends_no_other(monkeypatch, tmp_path, capsys):
+    """The table of plans: what is compiled is kept, what lacks is named, and a second call goes on."""
+    monkeypatch.setattr(plan_table, "KEPT", tmp_path)
+    monkeypatch.setattr(topologies, "prepare", lambda topology: None)
+    part = {"name": "SFT step", "flops": 1e12, "bytes": 1e9, "limit": "memory", "mfu": [0.1, 0.2]}
+    part |= {"seconds": {"overlapped": 0.5}}
+    begun, broken = [], True
+
+    def make(config, topology, say, cache, keep):
+        begun.append((config.name, topology.chips))
+        sent = [{"kind": "all-reduce", "wire_bytes": 1e9 * topology.chips}]
+        row = {"program": "SFT step", "total": 2**30, "limit": 2**31, "fits": True, "compiling": [7.0, 5.0]}
+        row["parts"] = [part | {"collectives": sent}]
+        found = {"mesh": {"data": 8, "fsdp": 2, "tensor": 1}, "chunks": {"sft": 4}, "missing": ["encoding"]}
+        keep(found | {"programs": [row]})
+        if broken and topology.chips == 16:
+            raise RuntimeError("INTERNAL: the compiler fell over\nand more")
+        return found | {"programs": [row], "missing": []}
+
+    monkeypatch.setattr(plan, "make", make)
+    words = ["0_5b:v5e-16", "0_5b:v5e-256"]
+    plan_table.main(words)
+    said = capsys.readouterr().out
+    row = "| 0_5b | v5e-16 | 8×2×1 |"
+    assert f"{row} SFT step | 4 | 1.0 of 2.0 | yes | 1 | 1 | 16 | 500 ms | memory | 20% | 7 s (5 of CPU) |" in said
+    assert f"{row} encoding |  |  | not compiled yet |" in said
+    assert "0_5b:v5e-16 lacks encoding (RuntimeError: INTERNAL: the compiler fell over)." in said
+    assert "| 0_5b | SFT step | all-reduce | 8×2×1, 4 | 16 | 8×2×1, 4 | 256 | 16.00 |" in said
+    broken = False
+    plan_table.main(words)
+    assert begun == [("rl-qwen2_5_0_5b", n) for n in (16, 256, 16)]
+    assert "lacks" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_tpu_compiler():
-    """A plan for a slice of four, by the TPU compiler, without a TPU (`make plan-deps` brings the compiler)."""
-    words = ["--config=configs/rl.py", "--topology=v5e:2x2", "--config.model.layers=1", "--json"]
+    """A plan for four hosts of four, by the TPU compiler, without a TPU (`make plan-deps` brings the compiler)."""
+    words = ["--config=configs/rl.py", "--topology=v5e:4x4", "--config.model.layers=1", "--json"]
     command = [sys.executable, "-m", "r3jax.plan", *words]
     paths = os.pathsep.join([str(ROOT / ".venv" / "libtpu"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": ""}
@@ -318,7 +441,8 @@ def test_the_tpu_compiler():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     names = [part["name"] for row in found["programs"] for part in row["parts"]]
-    assert names == ["SFT step", "prefill", "decoding, a token", "policy update", "encoding"]
+    decoding = ["decoding, before each 32 tokens", "decoding, a token"]
+    assert names == ["SFT step", "policy update", "encoding", "prefill", *decoding] and not found["missing"]
     assert all(row["fits"] for row in found["programs"]) and found["basis"].startswith("compiled by the TPU compiler")
     step = found["programs"][0]["parts"][0]
     assert step["flops"] > 0 and step["seconds"]["overlapped"] > 0 and 0 < step["mfu"][0] <= step["mfu"][1] < 1

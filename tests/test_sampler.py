@@ -9,7 +9,7 @@ import torch
 from r3jax.model import rows, sampler
 from r3jax.model.hugging_face import from_hugging_face
 from r3jax.model.qwen2 import hidden_states, logits
-from r3jax.model.sampler import sample, sample_at_once
+from r3jax.model.sampler import sample
 from tests.tiny_model import padded, reference, sizes, state_dict, weights
 
 CONFIG = sizes(vocab=12, layers=1)  # so few tokens that rows end in every way within a few steps
@@ -56,15 +56,6 @@ def test_log_probabilities_and_embedding_equal_teacher_forcing(params, temperatu
             want = scipy.special.log_softmax(z / temperature, -1)[np.arange(n), done.tokens[i, j, :n]]
             np.testing.assert_allclose(done.logp[i, j, :n], np.where(done.mask[i, j, :n], want, 0), atol=1e-4)
             np.testing.assert_allclose(done.embedding[i, j], hidden[-1], atol=1e-4)
-
-
-def test_one_program_returns_the_same(params, monkeypatch):
-    """`plan` compiles that program in place of `sample`, which looks at its rows now and then."""
-    monkeypatch.setattr(sampler, "LOOK", 2)
-    options = dict(group=GROUP, max_new=MAX_NEW, temperature=1.0, embed_id=EMBED, stop_ids=(STOP,))
-    at_once = sample_at_once(params, PROMPTS, LENGTHS, IDS, jax.random.key(0), config=CONFIG, **options)
-    for name, ours in vars(draw(params)).items():
-        np.testing.assert_allclose(ours, getattr(at_once, name), atol=1e-5, err_msg=name)
 
 
 def endings(done) -> dict[str, int]:
@@ -191,12 +182,12 @@ def test_tokens_follow_the_softmax(params):
 
 def test_nothing_recompiles_after_warm_up(params):
     draw(params)
-    warm = sampler._run._cache_size()
+    warm = sampler.decode._cache_size()
     changed = jax.tree.map(lambda w: w * 1.1, params)
     for seed in range(3):
         prompts, lengths = padded(np.random.default_rng(seed), [seed + 1, 7, 3], WIDTH, CONFIG.vocab)
         draw(changed, prompts, lengths, ids=IDS + seed, seed=seed)
-    assert sampler._run._cache_size() == warm >= 1
+    assert sampler.decode._cache_size() == warm >= 1
 
 
 def test_rows_that_leave_change_no_text(params, monkeypatch):

@@ -174,10 +174,10 @@ def test_one_text_many_and_none(model, texts, details):
 def test_any_number_of_texts_compiles_no_more(parts, model):
     texts = [parts.dataset.query_texts[0]]
     model.encode_query(texts * 3), model.encode_document(texts)
-    before = embed_jit._cache_size(), sampler._run._cache_size()
+    before = embed_jit._cache_size(), sampler.decode._cache_size()
     for count in (1, 2, 4, 5, 9):
         model.encode_query(texts * count), model.encode_document(texts * count)
-    assert (embed_jit._cache_size(), sampler._run._cache_size()) == before
+    assert (embed_jit._cache_size(), sampler.decode._cache_size()) == before
 
 
 def test_a_long_text_is_cut_its_chat_is_not_and_it_is_said(model, caplog):

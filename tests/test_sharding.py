@@ -16,7 +16,7 @@ from r3jax.model import params as model_params
 from r3jax.model import sampler
 from r3jax.model.encoder import embed
 from r3jax.model.qwen2 import ModelConfig, hidden_states, logits
-from r3jax.model.sampler import sample, sample_at_once
+from r3jax.model.sampler import sample
 from r3jax.model.sharding import (
     AXES,
     BATCH,
@@ -179,15 +179,14 @@ def test_published_sizes_type_check_on_an_abstract_mesh(name, shape, published):
         for path, leaf in model_params.flatten(gradient).items():
             assert (leaf.shape, leaf.sharding) == (flat[path].shape, flat[path].sharding), path
         if config.layers <= 28:  # the decoding loop is unrolled over layers
-            draw = partial(
-                sample_at_once,
-                config=config,
-                group=8,
-                max_new=32,
-                temperature=1.0,
-                embed_id=151665,
-                stop_ids=(151645,),
-            )
+            options = dict(config=config, group=8)
+            ends = dict(embed_id=151665, stop_ids=(151645,))
+
+            def draw(params, prompts, lengths, ids, key):
+                state = sampler.prefill(params, prompts, lengths, ids, **options, max_new=32, room=32)
+                weights = sampler.unstacked(params, config)
+                return sampler.decode(weights, state, key, **options, **ends, temperature=1.0, look=32)[0].result
+
             key = jax.eval_shape(jax.random.key, 0)
             done = jax.eval_shape(draw, params, rows(batch, 128), rows(batch), rows(batch), key)
             assert done.tokens.shape == (batch, 8, 32)

@@ -75,12 +75,12 @@ def sample(
     prompts are right-padded; arrays on a mesh want `jax.set_mesh` of it around the call. temperature 0 is
     greedy; its log-probabilities are those at temperature 1.
     """
-    state = _first(params, prompts, prompt_lengths, prompt_ids, config=config, group=group, max_new=max_new, room=LOOK)
+    state = prefill(params, prompts, prompt_lengths, prompt_ids, config=config, group=group, max_new=max_new, room=LOOK)
     weights = unstacked(params, config)
     options = dict(config=config, group=group, temperature=temperature, embed_id=embed_id, stop_ids=stop_ids)
     left_early, shape = [], state.done.shape
     while True:
-        state, left = _run(weights, state, key, look=LOOK, **options)
+        state, left = decode(weights, state, key, look=LOOK, **options)
         left, slot = jax.device_get((left, state.slot))
         if not left or slot == max_new:
             break
@@ -93,24 +93,9 @@ def sample(
     return home([*left_early, (state.home, state.result)], shape=shape) if left_early else state.result
 
 
-@partial(
-    jax.jit,
-    static_argnames=("config", "group", "max_new", "temperature", "embed_id", "stop_ids"),
-)
-def sample_at_once(
-    params, prompts, prompt_lengths, prompt_ids, key, *, config, group, max_new, temperature, embed_id, stop_ids
-) -> Completions:
-    """What `sample` returns, in one program that never looks: for whoever wants to know what sampling costs at most."""
-    state = _first(
-        params, prompts, prompt_lengths, prompt_ids, config=config, group=group, max_new=max_new, room=max_new
-    )
-    options = dict(config=config, group=group, temperature=temperature, embed_id=embed_id, stop_ids=stop_ids)
-    return _run(unstacked(params, config), state, key, look=max_new, **options)[0].result
-
-
 @partial(jax.jit, static_argnames=("config",))
 def unstacked(params, config: ModelConfig):
-    """`unstack`, for `advance`."""
+    """`unstack`, for `decode` and `advance`."""
     return unstack(params, config)
 
 
@@ -120,7 +105,7 @@ def begin(
 ) -> SamplingState:
     """The state after the prompts are read, for `advance`: one sample of each, of which nothing is written yet."""
     options = dict(config=config, group=1, max_new=max_new, room=max_new)
-    return _first(params, prompts, prompt_lengths, prompt_lengths, **options)
+    return prefill(params, prompts, prompt_lengths, prompt_lengths, **options)
 
 
 @partial(jax.jit, static_argnames=("config", "embed_id", "stop_ids", "count"), donate_argnames=("state",))
@@ -141,7 +126,7 @@ def advance(
     static_argnames=("config", "group", "temperature", "embed_id", "stop_ids", "look"),
     donate_argnames=("state",),
 )
-def _run(
+def decode(
     weights, state: SamplingState, key, *, config: ModelConfig, group: int, temperature, embed_id, stop_ids, look: int
 ):
     """`look` more tokens of each row, or fewer if all end; and the number of rows left, of the part that has most."""
@@ -159,12 +144,12 @@ def _going(last):
 
 
 @partial(jax.jit, static_argnames=("config", "group", "max_new", "room"))
-def _first(params, prompts, prompt_lengths, prompt_ids, *, config: ModelConfig, group: int, max_new: int, room: int):
+def prefill(params, prompts, prompt_lengths, prompt_ids, *, config: ModelConfig, group: int, max_new: int, room: int):
     """Reads the prompts, each once for its group; the cache has room for so many new tokens."""
     batch = prompts.shape[0]
     positions, valid = right_padded(prompt_lengths, prompts.shape[1])
-    prefill: Any = Decoder(config).apply({"params": params}, prompts, positions, valid)
-    hidden, (k, v) = prefill
+    read: Any = Decoder(config).apply({"params": params}, prompts, positions, valid)
+    hidden, (k, v) = read
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
 
     def full(shape, value, dtype):

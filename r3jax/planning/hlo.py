@@ -128,6 +128,15 @@ def analyse(text: str, devices: int, trips: int = 1) -> Costs:
     return Costs(flops, traffic, tuple(collectives))
 
 
+def unmeasured(text: str) -> list[str]:
+    """The loops that run and whose length the program does not tell."""
+    module, entry = _parse(text)
+    times = _times(module, entry, 1)
+    return [
+        op.name for name in times for op in module[name] if op.code == "while" and _rounds(op, name, module) is None
+    ]
+
+
 def less(more: Costs, fewer: Costs) -> Costs:
     """`more` without `fewer`, as what one more round of a loop costs."""
     sums = {(c.kind, c.group, c.spread): c for c in fewer.collectives}

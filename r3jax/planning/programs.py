@@ -7,6 +7,8 @@ Axes: B queries or prompts, G samples per prompt, T new tokens, W prompt width.
 """
 
 import dataclasses
+import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,9 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from r3jax.model import sampler
 from r3jax.model.encoder import bucket_of, embed_jit
 from r3jax.model.qwen2 import ModelConfig
-from r3jax.model.sampler import Completions, sample_at_once
+from r3jax.model.rows import Completions
 from r3jax.model.sharding import BATCH, batch_parts
 from r3jax.stages.rl import RL
 from r3jax.stages.rollouts import Groups
@@ -31,7 +34,8 @@ class Program:
 
     Attributes:
       read, trained, written: tokens of a call, over all devices: read forward only, read and trained on, sampled.
-      cache: bytes of keys and values on one device.
+      cache: bytes of keys and values among its arguments on one device.
+      copied: bytes on one device of its first argument that are not those of the state.
       trips: of the loop whose length only a run knows (decoding), at most; 1 where there is none.
     """
 
@@ -44,6 +48,7 @@ class Program:
     written: int = 0
     trips: int = 1
     cache: float = 0.0
+    copied: float = 0.0
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         with jax.set_mesh(mesh):
@@ -59,27 +64,35 @@ def supervised(stage: SFT, state: TrainState, mesh: Mesh, transform, record: dic
     return Program("SFT step", stage.update, (state, _abstract(batch, mesh)), {}, trained=tokens)
 
 
-def rollout(stage: RL, params, mesh: Mesh, rows: int) -> Program:
-    """Prefill and decoding of `rows` prompts with their groups."""
-    c = stage.collector
+def sampling(stage: RL, params, mesh: Mesh, rows: int) -> tuple[Program, Program]:
+    """What `sample` runs for `rows` prompts with their groups: prefill, and decoding with the cache at its full size.
+
+    Between the two the weights are unstacked, by a program that only copies.
+    """
+    c, m = stage.collector, stage.model
     width = _prompt_width(stage)
     prompts, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-    whole = NamedSharding(mesh, P())
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=whole)
-    args = (params, *_abstract((prompts, lengths, lengths), mesh), key)
-    m = stage.model
-    slots = rows * (width + c.group * c.max_new)
-    cache = 2 * m.layers * slots * m.kv_heads * m.head_dim * jnp.dtype(m.compute_dtype).itemsize / mesh.size
-    return Program(
-        name="rollout",
-        function=sample_at_once,
-        args=args,
-        kwargs=c.sampling,
-        read=rows * width,
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=NamedSharding(mesh, P()))
+    args = (params, *_abstract((prompts, lengths, lengths), mesh))
+    options = {name: c.sampling[name] for name in ("config", "group", "max_new")}
+    with jax.set_mesh(mesh):
+        full = jax.eval_shape(partial(sampler.prefill, **options, room=c.max_new), *args)
+        weights = jax.eval_shape(partial(sampler.unstacked, config=m), params)
+    full, weights = _on(mesh, full), _on(mesh, weights)
+    first = Program(
+        "prefill", sampler.prefill, args, options | {"room": min(sampler.LOOK, c.max_new)}, read=rows * width
+    )
+    then = Program(
+        name="decoding",
+        function=sampler.decode,
+        args=(weights, full, key),
+        kwargs={name: value for name, value in c.sampling.items() if name != "max_new"} | {"look": sampler.LOOK},
         written=rows * c.group * c.max_new,
         trips=c.max_new,
-        cache=cache,
+        cache=on_one(full.cache),
+        copied=on_one(weights["layers"]),
     )
+    return first, then
 
 
 def policy_update(stage: RL, state: TrainState, mesh: Mesh, rows: int) -> Program:
@@ -114,8 +127,25 @@ def encoding(model: ModelConfig, params, mesh: Mesh, rows: int, longest: int) ->
     return Program("encoding", embed_jit, (params,), args | {"config": model}, read=rows * longest)
 
 
+def on_one(tree) -> float:
+    """Bytes that a tree of abstract arrays takes of one device."""
+    return float(
+        sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    )
+
+
 def _prompt_width(stage: RL) -> int:
     return bucket_of(stage.chat.reasoning_extra + stage.lengths.query)
+
+
+def _on(mesh: Mesh, tree):
+    """What `jax.eval_shape` says of arrays under the mesh, on its devices; it gives whole ones no sharding."""
+
+    def leaf(x):
+        spec = x.sharding.spec if x.sharding else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(leaf, tree)
 
 
 def _abstract(batch, mesh: Mesh):

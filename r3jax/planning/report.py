@@ -1,22 +1,12 @@
 """A plan as figures of one chip, and as text."""
 
 import dataclasses
-import math
 from typing import Any
-
-import jax
 
 from r3jax.planning import hlo, roofline
 from r3jax.planning.compiled import Compiled
-from r3jax.planning.programs import Program
+from r3jax.planning.programs import Program, on_one
 from r3jax.planning.topologies import GIB, Chip
-
-
-def on_one(tree) -> float:
-    """Bytes that a tree of abstract arrays takes of one device."""
-    return float(
-        sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
-    )
 
 
 def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: int, useful_weights: float) -> dict:
@@ -29,22 +19,27 @@ def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: in
     held["reference"] = on_one(state.reference)
     given = on_one(program.args) + on_one([x for x in program.kwargs.values() if hasattr(x, "sharding")])
     memory = held | {
-        "batch": given - on_one(program.args[0]),  # which is the state, or its weights
+        "weights for decoding": program.copied,
+        "batch": given - on_one(program.args[0]) - program.cache,  # its first argument is the state, or its weights
         "cache": program.cache,
-        "temporaries": found.temporaries - program.cache,
+        "temporaries": found.temporaries,
         "results and code": found.results + found.code,
         # The compiler's layouts pad what lies in memory.
         "padding": found.arguments - given,
     }
-    row: dict[str, Any] = {"program": program.name, "limit": chip.memory}
+    row: dict[str, Any] = {"program": program.name, "limit": chip.memory, "compiling": [found.took, found.worked]}
     if found.short:
-        return row | {"memory": held, "total": chip.memory + found.short, "fits": False}
+        beside = sum(held.values()) - (on_one(program.args[0]) - program.copied)
+        return row | {"memory": held, "total": chip.memory + found.short + beside, "fits": False}
     total = sum(memory.values())
     row |= {"memory": memory, "total": total, "fits": total <= chip.memory}
     parts: dict[str, tuple[hlo.Costs, float]] = {program.name: (found.once, 6 * program.trained + 2 * program.read)}
     if program.trips > 1:
         token = 2 * program.written / program.trips
-        parts = {"prefill": (found.once, 2 * program.read), "decoding, a token": (found.again, token)}
+        parts = {
+            f"decoding, before each {program.kwargs['look']} tokens": (found.once, 0),
+            "decoding, a token": (found.again, token),
+        }
     row["parts"] = [_costs(name, *part, chip, chips, useful_weights) for name, part in parts.items()]
     return row
 

@@ -55,10 +55,11 @@ def chunks(model: ModelConfig, rows: int, tokens: int, left: float, tensor: int)
     """The smallest number of chunks, a divisor of a chip's `rows`, whose activations should fit into `left` bytes.
 
     tokens: of all those rows. Kept for the backward pass is each layer's input; the widest layer, the scores of its
-    attention and a chunk's logits come on top.
+    attention, a chunk's logits and the whole table of the vocabulary come on top.
     """
     widest = 2 * (8 * model.width + 6 * model.ffn // tensor)
-    fixed = 1024 * model.vocab // tensor * 10
+    # A chunk's logits; the vocabulary's table gathered in bf16, and its gradient in fp32.
+    fixed = model.vocab // tensor * (1024 * 10 + model.width * 6)
     for count in (n for n in range(1, rows + 1) if rows % n == 0):
         if tokens / count * (2 * model.layers * model.width + widest) + fixed < left:
             return count

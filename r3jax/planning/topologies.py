@@ -125,10 +125,15 @@ def devices(topology: Topology) -> list:
     from jax.experimental import topologies as described
 
     try:
-        return list(described.get_topology_desc(topology.name, platform="tpu").devices)
+        found = list(described.get_topology_desc(topology.name, platform="tpu").devices)
     except Exception as e:  # the compiler's own, of several types
         said = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f"--topology: the TPU compiler cannot describe {topology.name}: {said}.") from None
+    if len(found) != topology.chips:  # it could count cores
+        raise UserError(
+            f"--topology: {topology.name} has {topology.chips} chips, and {len(found)} devices by the TPU compiler."
+        )
+    return found
 
 
 def prepare(topology: Topology) -> None:

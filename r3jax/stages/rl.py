@@ -144,6 +144,7 @@ class RL:
         )
         self._samples: list[dict] = []
         self._chunks = chunks
+        self._processes = batch_share(mesh)[1]
         self._shared = _shared(chat.reasoning_extra + lengths.query, policy.max_new, group, model)
         self.update = jax.jit(partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0)
 
@@ -199,7 +200,7 @@ class RL:
 
     def packed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A host batch, with its rollouts and documents in packs too."""
-        to_packs = partial(pack, shards=batch_parts(self.mesh) // batch_share(self.mesh)[1], chunks=self._chunks)
+        to_packs = partial(pack, shards=batch_parts(self.mesh) // self._processes, chunks=self._chunks)
         starts = batch["starts"][:, 0]
         kinds, goes_on = share_beginnings(batch["tokens"], starts, batch["lengths"], self._shared)
         longest = batch["tokens"].shape[2] + (self._shared - 1) * batch["mask"].shape[2]
