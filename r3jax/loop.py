@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from r3jax import assembly, weights
 from r3jax.assembly import Parts
@@ -111,7 +112,7 @@ def run_stage(
                 meta = {
                     "data": stage.stream_state(),
                     "dataset": parts.dataset.fingerprint,
-                    "code": fingerprint.code(),
+                    "code": code_of(stage.name, config),
                     "log": log.offset,
                     "seconds": clock["before"] + time.time() - clock["start"],
                     "unmeasured": measuring,
@@ -129,6 +130,11 @@ def run_stage(
                 mark = time.perf_counter()
     checkpointer.wait()
     stop.stepping = False
+
+
+def code_of(stage: str, config: ConfigDict) -> dict[str, str]:
+    """What a stage's steps are computed by; a reward of the user's in stage 2 alone."""
+    return fingerprint.code(config.rl.reward.name if stage == "rl" else "")
 
 
 def check_ability(kl: float | None, stage: str, step: int, parts: Parts) -> None:
