@@ -95,7 +95,7 @@ def run_stage(
                 state, metrics = stage.update(state, batch)
             peers.beat()
             if waiting:
-                report(log, progress, stage, config, guards.skips, *waiting)
+                report(log, progress, stage, parts, guards.skips, *waiting)
             stopping = stop.due()
             measuring = step == stage.steps or (config.evaluate.every and step % config.evaluate.every == 0)
             saving = measuring or stopping or step % config.checkpoint.every == 0
@@ -107,7 +107,7 @@ def run_stage(
                 mark, marked = now, step
             waiting = (step, stage.consumed(), stage.samples(), numbers, metrics)
             if saving:
-                report(log, progress, stage, config, guards.skips, *waiting)
+                report(log, progress, stage, parts, guards.skips, *waiting)
                 waiting = None
                 meta = {
                     "data": stage.stream_state(),
@@ -152,7 +152,7 @@ def report(
     log: RunLog,
     progress,
     stage: Stage,
-    config,
+    parts: Parts,
     skips: SkipGuard,
     step: int,
     rows: list[int],
@@ -164,13 +164,14 @@ def report(
 
     Raises UserError where too many steps in a row had no finite loss or gradient.
     """
-    figures = numbers | jax.device_get(metrics)
+    config, figures = parts.config, numbers | jax.device_get(metrics)
     skipped = bool(figures["skipped"] > 0)
     log.consumed(stage.name, step, rows, skipped)
     if skipped:
+        queries = ", ".join(parts.dataset.query_ids[row] for row in rows)
         log.say(
             f"warning: {stage.name} step {step} has no finite loss or gradient ({float(figures['loss']):g}, "
-            f"{float(figures['grad_norm']):g}); its update is skipped; its batch: queries {rows}"
+            f"{float(figures['grad_norm']):g}); its update is skipped; its batch: queries {queries}"
         )
     skips.see(stage.name, step, skipped)
     if "tokens" in figures and "time/step" in figures:
