@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from r3jax import assembly, weights
 from r3jax.assembly import Parts
@@ -94,7 +95,7 @@ def run_stage(
                 state, metrics = stage.update(state, batch)
             peers.beat()
             if waiting:
-                report(log, progress, stage, config, guards.skips, *waiting)
+                report(log, progress, stage, parts, guards.skips, *waiting)
             stopping = stop.due()
             measuring = step == stage.steps or (config.evaluate.every and step % config.evaluate.every == 0)
             saving = measuring or stopping or step % config.checkpoint.every == 0
@@ -106,12 +107,12 @@ def run_stage(
                 mark, marked = now, step
             waiting = (step, stage.consumed(), stage.samples(), numbers, metrics)
             if saving:
-                report(log, progress, stage, config, guards.skips, *waiting)
+                report(log, progress, stage, parts, guards.skips, *waiting)
                 waiting = None
                 meta = {
                     "data": stage.stream_state(),
                     "dataset": parts.dataset.fingerprint,
-                    "code": fingerprint.code(),
+                    "code": code_of(stage.name, config),
                     "log": log.offset,
                     "seconds": clock["before"] + time.time() - clock["start"],
                     "unmeasured": measuring,
@@ -131,6 +132,11 @@ def run_stage(
     stop.stepping = False
 
 
+def code_of(stage: str, config: ConfigDict) -> dict[str, str]:
+    """What a stage's steps are computed by; a reward of the user's in stage 2 alone."""
+    return fingerprint.code(config.rl.reward.name if stage == "rl" else "")
+
+
 def check_ability(kl: float | None, stage: str, step: int, parts: Parts) -> None:
     """Raises UserError where the model has moved further from its base than the config allows."""
     bound = parts.config.evaluate.max_ability_kl
@@ -146,7 +152,7 @@ def report(
     log: RunLog,
     progress,
     stage: Stage,
-    config,
+    parts: Parts,
     skips: SkipGuard,
     step: int,
     rows: list[int],
@@ -158,13 +164,14 @@ def report(
 
     Raises UserError where too many steps in a row had no finite loss or gradient.
     """
-    figures = numbers | jax.device_get(metrics)
+    config, figures = parts.config, numbers | jax.device_get(metrics)
     skipped = bool(figures["skipped"] > 0)
     log.consumed(stage.name, step, rows, skipped)
     if skipped:
+        queries = ", ".join(parts.dataset.query_ids[row] for row in rows)
         log.say(
             f"warning: {stage.name} step {step} has no finite loss or gradient ({float(figures['loss']):g}, "
-            f"{float(figures['grad_norm']):g}); its update is skipped; its batch: queries {rows}"
+            f"{float(figures['grad_norm']):g}); its update is skipped; its batch: queries {queries}"
         )
     skips.see(stage.name, step, skipped)
     if "tokens" in figures and "time/step" in figures:

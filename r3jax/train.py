@@ -17,7 +17,7 @@ import numpy as np
 from r3jax import assembly, processes, weights
 from r3jax.assembly import Parts
 from r3jax.errors import UserError
-from r3jax.loop import Guards, check_ability, run_stage
+from r3jax.loop import Guards, check_ability, code_of, run_stage
 from r3jax.model.sharding import make_mesh
 from r3jax.results import table
 from r3jax.results.comparison import compare, refresh_figures
@@ -77,7 +77,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
                 restored, meta = checkpointers[name].restore(None, target)
                 fingerprint.refuse_data(config.data.path, meta["dataset"], parts.dataset.fingerprint, accept)
                 if int(restored["train"].step) < stage.steps:
-                    fingerprint.refuse_code(meta.get("code"), accept)
+                    fingerprint.refuse_code(meta.get("code"), code_of(name, config), accept)
                 state = assembly.restored(restored["train"], parts)
                 stage.resume(restored["host"], meta["data"])
                 check_ability(meta.get("ability_kl"), name, int(state.step), parts)

@@ -43,10 +43,27 @@ def test_other_data_and_other_code_are_refused_unless_accepted():
     fingerprint.refuse_data("data/x", "a", "b", ("data",))
     fingerprint.refuse_data("data/x", "a", "a", ())
     code = fingerprint.code()
-    assert set(code) == {"r3jax", "r3jax's files", "jax"}
-    fingerprint.refuse_code(None, ())
-    fingerprint.refuse_code(code, ())
-    older = code | {"jax": "0.1"}
-    with pytest.raises(UserError, match="was trained with jax 0.1, now .* put the old code back .* --accept=code"):
-        fingerprint.refuse_code(older, ("data",))
-    fingerprint.refuse_code(older, ("code",))
+    assert set(code) == {"r3jax", "r3jax's files", "jax", "jaxlib", "numpy", "optax", "grain", "scann"}
+    fingerprint.refuse_code(None, code, ())
+    fingerprint.refuse_code(code, code, ())
+    for what in code:
+        older = code | {what: "0.1"}
+        with pytest.raises(UserError, match=f"was trained with {what} 0.1, now .* put the old code .* --accept=code"):
+            fingerprint.refuse_code(older, code, ("data",))
+        fingerprint.refuse_code(older, code, ("code",))
+    # A run from before all of it was kept.
+    fingerprint.refuse_code({"jax": code["jax"], "gone": "1"}, code, ())
+
+
+def test_a_changed_reward_of_the_users_is_other_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "rewards_of_mine.py"
+    file.write_text("def reward(*_, **__): return 1")
+    name = "ndcg:0.5,rewards_of_mine.reward:0.5"
+    began = fingerprint.code(name)
+    assert began.items() > fingerprint.code().items()
+    file.write_text("def reward(*_, **__): return 2")
+    fingerprint.code.cache_clear()
+    with pytest.raises(UserError, match="was trained with rewards_of_mine.reward's file [0-9a-f]{12}, now "):
+        fingerprint.refuse_code(began, fingerprint.code(name), ())
+    fingerprint.refuse_code(fingerprint.code("ndcg"), fingerprint.code(name), ())  # not known then

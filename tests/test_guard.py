@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from r3jax import assembly, loop, train
+from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.guard import SKIPS, CollapseGuard, SkipGuard
@@ -83,7 +84,8 @@ def test_a_run_that_skips_says_which_queries_and_stops_at_its_last_checkpoint(tm
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert [row["step"] for row in ledger if row.get("skipped")] == [3, 4, 5, 6, 7]
     told = "sft step 3 has no finite loss or gradient (nan, inf); its update is skipped; its batch: queries "
-    assert told + str(ledger[2]["rows"]) in capsys.readouterr().out
+    ids = beir.load(tmp_path / "data").query_ids
+    assert told + ", ".join(ids[row] for row in ledger[2]["rows"]) + "\n" in capsys.readouterr().out
     assert Checkpointer(tmp_path / "run" / "checkpoints" / "sft", 2, read_only=True).latest() == 6
 
 

@@ -8,16 +8,20 @@ schedule of the learning rate from here on, so they are no exception).
 import difflib
 import functools
 import hashlib
+import importlib
+import importlib.metadata
 import pathlib
 from collections.abc import Collection, Mapping
 
-import jax
 from ml_collections import ConfigDict
 
 import r3jax
 from r3jax.errors import UserError
+from r3jax.rl import mix
+from r3jax.rl.rewards import REWARDS
 from r3jax.run import config as run_config
 
+LIBRARIES = ("jax", "jaxlib", "numpy", "optax", "grain", "scann")  # whose arithmetic or order a step follows
 FLAG = {"accept": "on resumption, what may differ: data, code, or fields of the config, by commas"}
 # What may always differ: it changes no weight and no figure.
 # model.max_positions: nothing uses it, and runs from before it was kept have none.
@@ -59,12 +63,20 @@ def refuse_config(workdir: pathlib.Path, began: ConfigDict, now: ConfigDict, acc
 
 
 @functools.cache
-def code() -> dict[str, str]:
-    """The versions that a step's bits depend on, and a hash of this package's own files."""
+def code(reward: str = "") -> dict[str, str]:
+    """The versions that a step's bits depend on, and hashes: of this package's own files, and of those of `reward`.
+
+    reward: `config.rl.reward.name`, in which functions of the user's may be named.
+    """
     source, root = hashlib.sha256(), pathlib.Path(r3jax.__file__).parent
     for file in sorted(root.rglob("*.py")):
         source.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    return {"r3jax": r3jax.__version__, "r3jax's files": source.hexdigest()[:12], "jax": jax.__version__}
+    found = {"r3jax": r3jax.__version__, "r3jax's files": source.hexdigest()[:12]}
+    found |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    for name in set(mix.parse(reward) if reward else ()) - set(REWARDS):
+        if where := getattr(importlib.import_module(name.rpartition(".")[0]), "__file__", None):
+            found[f"{name}'s file"] = hashlib.sha256(pathlib.Path(where).read_bytes()).hexdigest()[:12]
+    return found
 
 
 def refuse_data(path: str, began: str, now: str, accept: Collection[str]) -> None:
@@ -76,9 +88,10 @@ def refuse_data(path: str, began: str, now: str, accept: Collection[str]) -> Non
         )
 
 
-def refuse_code(began: Mapping[str, str] | None, accept: Collection[str]) -> None:
-    """UserError where a run was begun by other code; runs from before this was kept are believed."""
-    changed = [f"{what} {began[what]}, now {new}" for what, new in code().items() if began and began.get(what) != new]
+def refuse_code(began: Mapping[str, str] | None, now: Mapping[str, str], accept: Collection[str]) -> None:
+    """UserError where a run was begun by other `code`; what a run has not kept, for it is older, is believed."""
+    old = began or {}
+    changed = [f"{what} {old[what]}, now {now[what]}" for what in now if what in old and old[what] != now[what]]
     if changed and "code" not in accept:
         raise UserError(
             f"--workdir: the run was trained with {'; '.join(changed)}; its steps may come out otherwise: put the old "
