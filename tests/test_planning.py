@@ -103,10 +103,10 @@ def test_sampling_is_what_the_sampler_runs(monkeypatch):
     with config.unlocked():
         config.from_scratch, config.data.max_thought_tokens = True, 39
     mesh = make_mesh(2, 2, 1, jax.devices()[:4])
-    (first, state, model), (then, *_) = plan._programs("rollout", config, mesh)
-    assert then.cache == 2 * model.layers * (config.rl.prompts // 4) * model.kv_heads * model.head_dim * 4 * (
-        first.args[1].shape[1] + config.rl.group_size * 40
-    )
+    (first, state, model), (then, _, _) = plan._programs("rollout", config, mesh)
+    rows, width = config.rl.prompts // 4, first.args[1].shape[1]  # of a device
+    slots = rows * (width + config.rl.group_size * 40)
+    assert then.cache == 2 * model.layers * slots * model.kv_heads * model.head_dim * 4 + rows * width  # and a mask
     assert then.copied == programs.on_one(state.params["layers"])
     calls = []
 
@@ -127,11 +127,11 @@ def test_sampling_is_what_the_sampler_runs(monkeypatch):
         return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
 
     with jax.set_mesh(mesh):
-        params, *rows = jax.tree.map(made, first.args)
+        params, *batch = jax.tree.map(made, first.args)
         key = jax.device_put(jax.random.key(0), NamedSharding(mesh, P()))
         options = {"temperature": 1.0} | {name: then.kwargs[name] for name in ("embed_id", "stop_ids", "temperature")}
         # Weights of 0 make every token as likely, so hardly a row ends early and none leaves.
-        sampler.sample(params, *rows, key, **first.kwargs | options)
+        sampler.sample(params, *batch, key, **first.kwargs | options)
     for program, (run, args, kwargs) in zip((first, then), (calls[0], calls[-1]), strict=True):
         assert (program.function, program.kwargs) == (run, kwargs)
         assert placed(program.args) == args

@@ -34,7 +34,7 @@ class Program:
 
     Attributes:
       read, trained, written: tokens of a call, over all devices: read forward only, read and trained on, sampled.
-      cache: bytes of keys and values among its arguments on one device.
+      cache: bytes of keys, values and their mask among its arguments on one device.
       copied: bytes on one device of its first argument that are not those of the state.
       trips: of the loop whose length only a run knows (decoding), at most; 1 where there is none.
     """
