@@ -1,8 +1,7 @@
 # make train: everything, from an empty machine with Python 3.11 to a report. `make help` lists the rest.
 
-# A step allocates hundreds of MiB anew, and page faults cost a quarter of it on CPU: transparent huge pages for malloc,
-# which keeps what was freed.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+# Transparent huge pages for malloc: a step allocates hundreds of MiB anew, and page faults cost a quarter of it on CPU.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
