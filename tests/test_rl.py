@@ -405,7 +405,8 @@ def test_flat_groups_are_refilled_or_the_figures_say_why_not(folder, weights):
     for rounds in (1, 8):
         [(groups, stats)] = collected(fixtures.parts(folder, rl__dynamic_sampling=rounds, **BY_ROW), weights)
         kept = groups.query == plain.query
-        np.testing.assert_array_equal(groups.rewards[kept], plain.rewards[kept])  # the first round is as without
+        # The first round is as without; what few documents say of all others' drift is another rounding of nothing.
+        np.testing.assert_allclose(groups.rewards[kept], plain.rewards[kept], atol=1e-6)
         assert plain.flat[~kept].all() and not groups.flat[~kept].any()
         assert stats["refill/share"] == (~kept).mean() > 0
         assert stats["refill/missing"] == stats["policy/flat_groups"] == groups.flat.mean()
