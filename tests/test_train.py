@@ -240,10 +240,19 @@ def same_bits(a, b):
         assert x.tobytes() == y.tobytes(), f"{jax.tree_util.keystr(path)} differs"
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2)])
-@pytest.mark.parametrize("name", ["sft", "rl"])
-def test_two_and_two_steps_equal_four_bit_for_bit(tmp_path, name, mesh):
-    parts = fixtures.parts(tmp_path, mesh)
+@pytest.mark.parametrize(
+    "name, mesh, changes",
+    [
+        ("sft", (1, 1, 1), {}),
+        ("sft", (1, 4, 2), {}),
+        ("sft", (1, 1, 1), {"data__workers": 2}),
+        ("rl", (1, 1, 1), {}),
+        ("rl", (1, 4, 2), {}),
+        ("rl", (1, 1, 1), {"rl__epochs": 2}),
+    ],
+)
+def test_two_and_two_steps_equal_four_bit_for_bit(tmp_path, name, mesh, changes):
+    parts = fixtures.parts(tmp_path, mesh, **changes)
     checkpointer = Checkpointer(tmp_path / "checkpoints", 1)
     with jax.set_mesh(parts.mesh):
         params = parts.initial_params()
@@ -262,6 +271,8 @@ def test_two_and_two_steps_equal_four_bit_for_bit(tmp_path, name, mesh):
             batch, _ = other.next_batch(again, step)
             again, metrics_again = other.update(again, batch)
         checkpointer.close()
+        stage.close()
+        other.close()
         same_bits(jax.device_get(state_of(other, again)), jax.device_get(state_of(stage, state)))
         same_bits(jax.device_get(metrics_again), jax.device_get(metrics))
 

@@ -4,6 +4,7 @@ FOLDER/one was saved by one process; FOLDER/two is saved here. tests/test_proces
 """
 
 import pathlib
+import random
 import sys
 
 import jax
@@ -14,6 +15,7 @@ from r3jax.model.sharding import batch_share, everywhere, make_mesh, own_rows, p
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.search import sharded
 from r3jax.search.index import VersionedIndex
+from tests.damage import damage, files
 
 SIZE, WIDTH = 301, 8  # no multiple of any number of processes
 
@@ -28,6 +30,35 @@ def changed(index):
     rows = np.arange(0, SIZE, 3)
     index.upsert(rows, vectors()[::-1][rows], 5)
     return index
+
+
+def fall_back(folder: pathlib.Path, index) -> None:
+    """Whatever befalls a file of the newer of two checkpoints, both processes take the same one, and it is whole."""
+    job, state = processes.here(), {"index": index.state(), "step": np.zeros(1, int)}
+    store = Checkpointer(folder, 2)
+    for step in (1, 2):
+        state["index"]["versions"][:] = state["step"][:] = step
+        store.save(step, state, meta={"data": step})
+    store.close()
+    fallen = 0
+    for file in (folder / "2" / file for file in files(folder / "2")):
+        for how in ("truncate", "flip"):
+            kept = file.read_bytes()
+            job.wait("read")
+            if processes.leads():
+                damage(file, how, random.Random(0))
+            job.wait("damaged")
+            found, meta = Checkpointer(folder, 2, read_only=True).restore(None, state)
+            step = meta["data"]
+            assert (processes.gather(found["step"]) == step).all(), f"{how} {file}"
+            again = sharded.restore(found["index"])
+            assert (again.search(vectors()[:9], 3)[0] == index.search(vectors()[:9], 3)[0]).all(), f"{how} {file}"
+            assert (again.versions == step).all(), f"{how} {file}"
+            fallen += step == 1
+            job.wait("restored")
+            if processes.leads():
+                file.write_bytes(kept)
+    assert fallen > 5, fallen
 
 
 def main(folder: pathlib.Path) -> None:
@@ -74,6 +105,7 @@ def main(folder: pathlib.Path) -> None:
     same(sharded.restore(state["index"]))
     assert meta["data"] == {"next": 3}
     two.close()
+    fall_back(folder / "damaged", index)
 
 
 if __name__ == "__main__":

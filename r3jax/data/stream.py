@@ -52,8 +52,8 @@ def stream(
       batch_size: global batch B; each process gets B / N rows.
       seed: of the shuffle and of the generators, in [0, 2³²).
       process_index, process_count: this process's rank, and N.
-      workers: extra processes that transform records (0: threads of this one). The state of an iterator fits
-        only the number of workers that it was saved with.
+      workers: extra processes that transform records (0: threads of this one), until the iterator is closed, which
+        it must be. The state of an iterator fits only the number of workers that it was saved with.
 
     Raises:
       ValueError: empty source, B not divisible by N, or a rank outside [0, N).
