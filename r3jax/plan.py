@@ -113,7 +113,8 @@ def make(
     there = _There(topology, cache or CACHE, frozenset(given), say)
     names = [name for name in PROGRAMS if name in config or name == "encode" or (name == "rollout" and "rl" in config)]
     for sizes in options:
-        mesh = make_mesh(*sizes, devices)
+        data, fsdp, tensor = sizes
+        mesh = make_mesh(data, fsdp, tensor, devices)
         fitted, flags = _whole_rows(config, mesh)
         plan |= {"mesh": dict(zip(AXES, sizes, strict=True)), "chunks": {}, "programs": []}
         plan["flags"] = [*(f"--config.mesh.{axis}={size}" for axis, size in plan["mesh"].items()), *flags]

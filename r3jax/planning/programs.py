@@ -106,6 +106,7 @@ def policy_update(stage: RL, state: TrainState, mesh: Mesh, rows: int) -> Progra
     groups = Groups(
         query=np.zeros(rows, np.int32),
         known=np.zeros((rows, 1), np.int32),
+        gains=np.ones((rows, 1), np.int32),
         prompts=np.zeros((rows, width), np.int32),
         prompt_lengths=np.full(rows, longest, np.int32),
         done=Completions(new, new.astype(np.float32), new > 0, full, full > 0, None),  # type: ignore[arg-type]
