@@ -2,8 +2,10 @@
 
     python -m r3jax.study refresh --config=configs/rl.py [--seeds=0,1,2] [--workdir=DIR] [--out=docs/refresh.md]
     python -m r3jax.study reward|advantage|contrastive --config=configs/rl.py [...] [--out=docs/choices.md]
+    python -m r3jax.study reasoning --config=configs/rl.py [...] [--out=docs/choices.md]
 
-Stage 1 is trained once per seed, or taken from --config.init_from=RUN (one for all seeds, or one each, with commas).
+Stage 1 is trained once per seed, or taken from --config.init_from=RUN (one for all seeds, or one each, with commas);
+`reasoning` varies model size, training budget and length of thought, and trains it anew for all but the config's own.
 Runs lie under --workdir and are shared between studies; the same command again goes on where it was stopped.
 """
 
@@ -18,11 +20,11 @@ from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.run import config as run_config
 from r3jax.run.config import run_main
-from r3jax.studies import choices, refresh
+from r3jax.studies import choices, curves, refresh
 from r3jax.studies.cells import Lab, claim, starts_of
 from r3jax.studies.shadows import Cell, Shadowed, own_cell
 
-STUDIES = ("refresh", *choices.CHOICES)
+STUDIES = ("refresh", *choices.CHOICES, "reasoning")
 FLAGS = {
     "seeds": "seeds of the runs, separated by commas; default: 0,1,2",
     "out": "page to write, its plot beside it; default: docs/refresh.md or docs/choices.md",
@@ -47,6 +49,15 @@ def main(argv: list[str]) -> None:
         raise UserError("config.rl.steps leaves nothing to study; a study compares runs of stage 2 (configs/rl.py).")
     if name == "refresh" and config.rl.dynamic_sampling:
         raise UserError("config.rl.dynamic_sampling must be 0 for study refresh, which follows one batch per step.")
+    if name == "reasoning":
+        if not (config.from_scratch and "sft" in config):
+            raise UserError(
+                "config.from_scratch must be true for study reasoning: a checkpoint fixes the model's size."
+            )
+        for changes in curves.points(dict(run_config.leaves(config))):
+            varied = config.copy_and_resolve_references()
+            varied.update_from_flattened_dict(changes)
+            run_config.validate(varied)
     out = pathlib.Path(parsed.flags["out"] or f"docs/{'refresh' if name == 'refresh' else 'choices'}.md")
     if out.suffix != ".md":
         raise UserError(f"--out: {out} must end in .md, for the page is markdown.")
@@ -83,7 +94,11 @@ def main(argv: list[str]) -> None:
         head = f"# How the index follows the model\n\n{about}\n{refresh.POLICIES}\n"
         page = f"{head}\n![reward error and correlation over the budget]({plot.name})\n\n{text}"
     else:
-        text, svg = choices.run(lab, name, dict(run_config.leaves(config))[choices.CHOICES[name].field])
+        leaves = dict(run_config.leaves(config))
+        if name == "reasoning":
+            text, svg = curves.run(lab, leaves)
+        else:
+            text, svg = choices.run(lab, name, leaves[choices.CHOICES[name].field])
         plot = out.with_name(f"{out.stem}-{name}.svg")
         page = out.read_text(encoding="utf-8") if out.is_file() else "# Choices of stage 2, measured\n"
         page = choices.put_section(page, name, f"{about}\n![nDCG@10 of each value]({plot.name})\n\n{text}")

@@ -244,3 +244,35 @@ def test_runs_of_another_config_are_not_taken(studied):
     folder, argv = studied
     with pytest.raises(UserError, match=r"the runs in .*study have config.index.budget=0.1, not 0.2; name another"):
         study.main(["refresh", *argv, "--config.index.budget=0.2"])
+
+
+def test_curves_of_reasoning_are_whole_runs(studied, monkeypatch):
+    folder, argv = studied
+    runs, made = folder / "study" / "seed-3", {}
+
+    def as_default(argv, make_stage=None):
+        to = next(flag for flag in argv if flag.startswith("--workdir=")).removeprefix("--workdir=")
+        assert not any(flag.startswith("--config.init_from") for flag in argv)
+        made[pathlib.Path(to).name] = argv
+        shutil.copytree(runs / "default", to)
+
+    monkeypatch.setattr(train, "main", as_default)
+    out = folder / "curves.md"
+    study.main(["reasoning", *argv[:-1], f"--out={out}"])
+    factors = {"size": ("0.5", "2"), "budget": ("0.25", "0.5", "2"), "thought": ("0.25", "0.5", "2")}
+    assert set(made) == {f"{axis}-{factor}" for axis, some in factors.items() for factor in some}
+    config = json.loads((runs / "default" / "config.json").read_text())
+    assert f"--config.model.width={2 * config['model']['width']}" in made["size-2"]
+    assert f"--config.sft.steps={config['sft']['steps'] // 2}" in made["budget-0.5"]
+    text = out.read_text()
+    assert text.count("(the default)") == 3 and len(re.findall(r"^\| model size: ", text, re.M)) == 2
+    scores = json.loads((runs / "default" / "results.json").read_text())["splits"]["seen"]
+    want = " | ".join(f"{scores[f'rl_{mode}']['ndcg@10']:.4f}" for mode in ("direct", "reasoning", "empty"))
+    assert text.count(f"| {want} | ") == 11
+    assert ElementTree.parse(folder / "curves-reasoning.svg").getroot().tag.endswith("svg")
+
+
+def test_a_checkpoint_has_no_curve_over_sizes(studied):
+    folder, argv = studied
+    with pytest.raises(UserError, match="config.from_scratch must be true for study reasoning"):
+        study.main(["reasoning", *argv, "--config.from_scratch=False"])

@@ -2,7 +2,7 @@
 
     WORKDIR/seed-0/sft          stage 1, from which every other run of the seed starts
     WORKDIR/seed-0/default      stage 2 with the config as it is
-    WORKDIR/seed-0/NAME         stage 2 with some fields changed
+    WORKDIR/seed-0/NAME         stage 2 with some fields changed, or both stages
 
 A finished run is never repeated, one that was stopped goes on.
 """
@@ -26,6 +26,7 @@ from r3jax.run import config as run_config
 from r3jax.weights import BEST_KEY, IMPORTED, last_stage
 
 METRIC = "ndcg@10"
+MODES = ("direct", "reasoning", "empty")  # how a trained model is searched with
 # What may differ between two commands that share runs; each run has its own seed.
 FREE = ("name", "seed", "log.", "checkpoint.", "processes.", "xla_cache", "data.cache")
 DEFAULT = "default"
@@ -36,8 +37,8 @@ class Outcome:
     """What a finished run of stage 2 shows."""
 
     validation: Mapping[str, float]  # nDCG@10 of its best step, `direct` and `reasoning`
-    held_out: Mapping[str, Mapping[str, float]]  # split -> the same
-    per_query: Mapping[str, Mapping[str, float]]  # split -> query -> nDCG@10 with reasoning
+    held_out: Mapping[str, Mapping[str, float]]  # split -> mode -> nDCG@10
+    per_query: Mapping[str, Mapping[str, Mapping[str, float]]]  # split -> mode -> query -> nDCG@10
     thought_tokens: float  # mean over all held-out queries
     seconds: float  # of stage 2's steps
 
@@ -85,6 +86,13 @@ class Lab:
             self._train(seed, folder, [f"--config.init_from={self.stage_1(seed)}", *changes], train)
         return folder
 
+    def whole(self, seed: int, name: str, changes: Sequence[str]) -> pathlib.Path:
+        """The folder of a seed's run of both stages with `changes` (flags), trained if it is not finished."""
+        folder = self._folder(seed, name)
+        if not (folder / "results.json").is_file():
+            self._train(seed, folder, changes)
+        return folder
+
     def outcome(self, folder: pathlib.Path) -> Outcome:
         """What the finished run in `folder` shows."""
         results = json.loads((folder / "results.json").read_text())
@@ -93,10 +101,10 @@ class Lab:
         best = max(measured, key=lambda x: x[f"eval/{BEST_KEY}"])
         held_out, per_query, tokens, queries = {}, {}, 0.0, 0
         for split, conditions in results["splits"].items():
-            held_out[split] = {mode: conditions[f"rl_{mode}"][METRIC] for mode in ("direct", "reasoning")}
+            held_out[split] = {mode: conditions[f"rl_{mode}"][METRIC] for mode in MODES}
             judged = {q: self.dataset.qrels[split][q] for q in self.dataset.positives(split)}
-            run = read_run(folder / "trec" / f"{split}.rl_reasoning.run")
-            per_query[split] = metrics.per_query(run, judged, (METRIC,))[METRIC]
+            runs = {mode: read_run(folder / "trec" / f"{split}.rl_{mode}.run") for mode in MODES}
+            per_query[split] = {mode: metrics.per_query(run, judged, (METRIC,))[METRIC] for mode, run in runs.items()}
             count = conditions["rl_reasoning"]["queries"]
             tokens, queries = tokens + count * conditions["rl_reasoning"]["thought_tokens"], queries + count
         return Outcome(
@@ -148,13 +156,19 @@ def starts_of(init_from: str, seeds: Sequence[int]) -> tuple[str, ...]:
 
 
 def p_better(ours: Sequence[Outcome], theirs: Sequence[Outcome], split: str) -> float:
-    """One-sided p that `ours` (one per seed) has the higher nDCG@10 with reasoning; paired by query.
+    """One-sided p that `ours` (one per seed) has the higher nDCG@10 with reasoning; paired by query."""
+    return paired_randomisation(_by_query(ours, split, "reasoning"), _by_query(theirs, split, "reasoning"))
 
-    A query's score is its mean over the seeds, for the same query under two seeds is no new evidence.
-    """
-    queries = list(ours[0].per_query[split])
-    means = [np.mean([[o.per_query[split][q] for q in queries] for o in side], axis=0) for side in (ours, theirs)]
-    return paired_randomisation(*means)
+
+def p_mode(found: Sequence[Outcome], split: str, mode: str, other: str) -> float:
+    """One-sided p that runs (one per seed) have the higher nDCG@10 with `mode` than with `other`; paired by query."""
+    return paired_randomisation(_by_query(found, split, mode), _by_query(found, split, other))
+
+
+def _by_query(found: Sequence[Outcome], split: str, mode: str) -> np.ndarray:
+    """[Q] means over the seeds: the same query under two seeds is no new evidence."""
+    queries = list(found[0].per_query[split][mode])
+    return np.mean([[o.per_query[split][mode][q] for q in queries] for o in found], axis=0)
 
 
 def mean(values: Any) -> float:

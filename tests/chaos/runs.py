@@ -3,10 +3,11 @@
 import json
 import pathlib
 import random
+import time
 
 from r3jax.run.log import LEDGER
 from tests import fixtures
-from tests.chaos.victim import MOMENTS
+from tests.chaos.victim import CLOCK, MOMENTS
 from tests.test_train import lines, same_run
 
 STEPS = {"sft": 16, "rl": 8}
@@ -44,14 +45,21 @@ def finish(folder: pathlib.Path, workdir: pathlib.Path) -> str:
     return said
 
 
-def struck(folder: pathlib.Path, workdir: pathlib.Path, moment: random.Random, number: str) -> tuple[int, str, str]:
-    """Runs until a signal comes at a random moment; exit code, which moment it was, what it said on stderr."""
+def struck(
+    folder: pathlib.Path, workdir: pathlib.Path, moment: random.Random, number: str
+) -> tuple[int, str, float, str]:
+    """Runs until a signal comes at a random moment.
+
+    Exit code, which moment it was, seconds to end once the step that the signal came in was over, what stderr says.
+    """
     what = moment.choice(sorted(MOMENTS))
     nth, delay = moment.randint(1, TIMES[what]), moment.uniform(0, 0.15)
     words = ["-m", "tests.chaos.victim", what, str(nth), str(delay), number]
     process = fixtures.run_python(*words, *command(folder, workdir))
-    _, errors = process.communicate(timeout=1200)
-    return process.returncode, f"{what} {nth} after {delay:.3f} s", errors
+    said, errors = process.communicate(timeout=1200)
+    end, told = time.monotonic(), [line.removeprefix(CLOCK) for line in said.splitlines() if line.startswith(CLOCK)]
+    took = end - float(told[-1]) if told else 0.0
+    return process.returncode, f"{what} {nth} after {delay:.3f} s", took, errors
 
 
 def consumed(workdir: pathlib.Path, stage: str) -> list[int]:

@@ -10,6 +10,7 @@ from tests import fixtures
 from tests.chaos import runs
 
 pytestmark = pytest.mark.slow
+GRACE = 10.0  # seconds to save and exit in, after the step
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,11 @@ def test_stopped_runs_equal_the_whole_one(whole, tmp_path, number, code, times):
         run = tmp_path / str(attempt)
         if done < times:
             begin = time.monotonic()
-            got, when, errors = runs.struck(whole, run, moment, number)
-            print(f"{number} {done}: exit {got}, {when}, {time.monotonic() - begin:.0f} s", flush=True)
+            got, when, took, errors = runs.struck(whole, run, moment, number)
+            print(
+                f"{number} {done}: exit {got}, {when}, {time.monotonic() - begin:.0f} s, the end {took:.1f}", flush=True
+            )
+            assert got != code or took <= GRACE, (when, errors)
         else:
             got, errors = 0, runs.finish(whole, run) and ""
         assert got in (0, code), errors
