@@ -9,23 +9,20 @@ Stage 1 is trained once per seed, or taken from --config.init_from=RUN (one for 
 Runs lie under --workdir and are shared between studies; the same command again goes on where it was stopped.
 """
 
-import datetime
-import os
 import pathlib
-
-import jax
 
 from r3jax import assembly, train
 from r3jax.data import beir
 from r3jax.errors import UserError
 from r3jax.run import config as run_config
+from r3jax.run import fingerprint
 from r3jax.run.config import run_main
 from r3jax.studies import choices, curves, refresh
 from r3jax.studies.cells import Lab, claim, starts_of
-from r3jax.studies.shadows import Cell, Shadowed, own_cell
+from r3jax.studies.shadows import FOLLOWING, Cell, Shadowed
 
 STUDIES = ("refresh", *choices.CHOICES, "reasoning")
-FLAGS = {
+FLAGS = fingerprint.FLAG | {
     "seeds": "seeds of the runs, separated by commas; default: 0,1,2",
     "out": "page to write, its plot beside it; default: docs/refresh.md or docs/choices.md",
 }
@@ -38,7 +35,9 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"there is no study {name!r}; name one: python -m r3jax.study {'|'.join(STUDIES)} --config=FILE."
         )
-    parsed = run_config.parse(argv if name not in STUDIES else rest, f"r3jax.study {'|'.join(STUDIES)}", FLAGS)
+    parsed = run_config.parse(
+        argv if name not in STUDIES else rest, f"r3jax.study {'|'.join(STUDIES)}", FLAGS, several=("accept",)
+    )
     config = parsed.config
     seeds = _seeds(parsed.flags["seeds"] or "0,1,2")
     starts = starts_of(config.init_from, seeds)
@@ -47,45 +46,68 @@ def main(argv: list[str]) -> None:
     run_config.validate(config)
     if "rl" not in config or not config.rl.steps:
         raise UserError("config.rl.steps leaves nothing to study; a study compares runs of stage 2 (configs/rl.py).")
-    if name == "refresh" and config.rl.dynamic_sampling:
-        raise UserError("config.rl.dynamic_sampling must be 0 for study refresh, which follows one batch per step.")
-    if name == "reasoning":
-        if not (config.from_scratch and "sft" in config):
+    variants: list[dict] = []
+    if name == "refresh":
+        if config.rl.dynamic_sampling:
+            raise UserError("config.rl.dynamic_sampling must be 0 for study refresh, which follows one batch per step.")
+        if config.index.policy not in FOLLOWING or not config.index.budget:
             raise UserError(
-                "config.from_scratch must be true for study reasoning: a checkpoint fixes the model's size."
+                f"config.index.policy must be one of {', '.join(FOLLOWING)} with an index.budget above 0 for study "
+                "refresh, which sets it beside none and full."
             )
-        for changes in curves.points(dict(run_config.leaves(config))):
-            varied = config.copy_and_resolve_references()
-            varied.update_from_flattened_dict(changes)
-            run_config.validate(varied)
+        own = Cell(config.index.policy, config.index.budget, config.index.carry)
+        variants = list(refresh.reals(own).values())
+    elif name in choices.CHOICES:
+        variants = choices.variants(name)
+    else:
+        if not (config.from_scratch and "sft" in config) or starts:
+            raise UserError(
+                "config.from_scratch must be true, and config.init_from empty, for study reasoning: its runs train "
+                "both stages, and models of several sizes."
+            )
+        variants = curves.variants(dict(run_config.leaves(config)))
+    for changes in variants:  # before hours are spent on the first of them
+        varied = config.copy_and_resolve_references()
+        varied.update_from_flattened_dict(changes)
+        run_config.validate(varied)
     out = pathlib.Path(parsed.flags["out"] or f"docs/{'refresh' if name == 'refresh' else 'choices'}.md")
     if out.suffix != ".md":
         raise UserError(f"--out: {out} must end in .md, for the page is markdown.")
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder; name a file.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out: {out} cannot be written: {e.strerror}; name another file.") from None
     workdir = parsed.workdir if "workdir" in parsed.given else WORKDIR
+    dataset = beir.load(config.data.path, on_error=config.data.on_error)
+    from_runs = {seed: starts[i % len(starts)] for i, seed in enumerate(seeds) if starts}
+    accept = parsed.flags["accept"]
+    kept = claim(workdir, config, dataset.fingerprint, from_runs, fingerprint.accepted(accept, config))
+    # Where something lies on this machine is nobody else's concern.
+    own_words = [w for w in parsed.words if not w.startswith(("--config.init_from=", "--config.xla_cache="))]
     lab = Lab(
         train=train.main,
-        flags=tuple(flag for flag in parsed.words if not flag.startswith(("--config.seed=", "--config.init_from="))),
+        flags=(
+            *(flag for flag in parsed.words if not flag.startswith(("--config.seed=", "--config.init_from="))),
+            *([f"--accept={accept}"] if accept else []),
+        ),
         workdir=workdir,
         seeds=seeds,
         starts=starts,
-        dataset=beir.load(config.data.path, on_error=config.data.on_error),
+        dataset=dataset,
     )
-    claim(workdir, config, ",".join(starts))
     r = config.rl
     about = (
-        f"    python -m r3jax.study {' '.join(argv)}\n\n"
-        f"{datetime.date.today():%B %Y}, {jax.device_count()} device(s) of kind {jax.devices()[0].device_kind} on "
-        f"{os.cpu_count()} CPU cores; seeds {', '.join(map(str, seeds))}; {r.steps} steps of {r.prompts} queries "
-        f"with {r.group_size} rollouts each, {len(lab.dataset.doc_ids):,} documents.\n"
+        f"    python -m r3jax.study {' '.join([name, *own_words])} --seeds={','.join(map(str, seeds))}\n\n"
+        f"{kept['month']}, {kept['machine']}; seeds {', '.join(map(str, seeds))}"
+        f"{', stage 1 taken from runs of train.py' if starts else ''}; {r.steps} steps of stage 2, "
+        f"{r.prompts} queries with {r.group_size} rollouts each, {len(dataset.doc_ids):,} documents.\n"
     )
     if name == "refresh":
         text, svg = refresh.run(
             lab,
-            own=own_cell(config.index.policy, config.index.budget, config.index.carry),
+            own=own,
             group=config.rl.group_size,
             advantage=config.rl.advantage,
             watched=train_with_shadows,

@@ -138,7 +138,9 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
         results["stage_seconds"] = stage_seconds(workdir) | {"evaluate": time.time() - begin}
         results["seconds"] = clock["before"] + time.time() - clock["start"]
         results["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        draft = workdir / "results.json.part"  # who finds the file takes the run for finished
+        draft.write_text(json.dumps(results, indent=1) + "\n")
+        draft.replace(workdir / "results.json")
         log.close()
 
         # Table and page

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from configs import rl
 from r3jax import study, train
 from r3jax.errors import UserError
 from r3jax.rl.algorithms import advantages
@@ -16,7 +17,7 @@ from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.search.index import VersionedIndex
 from r3jax.studies import choices, refresh, shadows
-from r3jax.studies.cells import Lab, starts_of
+from r3jax.studies.cells import Lab, Outcome, claim, gap, starts_of
 from r3jax.studies.plot import Panel, figure
 from r3jax.studies.shadows import Cell, Shadowed
 from r3jax.weights import IMPORTED
@@ -97,10 +98,9 @@ def test_only_a_run_that_encodes_everything_can_have_shadows(tmp_path):
 
 def test_the_grid_holds_the_configs_own_cell():
     assert Cell("hybrid", 0.05) in shadows.grid(Cell("hybrid", 0.05))
-    cells = shadows.grid(shadows.own_cell("hybrid", 0.03, True))
+    cells = shadows.grid(Cell("hybrid", 0.03))
     assert len(cells) == len(set(cells)) == 1 + 5 * 5 and Cell("none", 0.0) in cells
     assert {Cell("hybrid", 0.03), Cell("hybrid", 0.03, False), Cell("boundary", 0.1)} <= set(cells)
-    assert shadows.own_cell("none", 0.03, True) in shadows.grid(shadows.own_cell("none", 0.03, True))
 
 
 def test_error_correlation_and_cost_by_hand(tmp_path):
@@ -136,6 +136,73 @@ def test_a_figure_is_one_well_formed_svg():
     assert all(0 < float(m.get("cx")) < width and 0 < float(m.get("cy")) < height for m in marks)
     words = [x.text for x in root.iter() if x.tag.endswith("text")]
     assert {"T & t", "b <", "0.1", "0.01"} <= set(words)
+
+
+def outcome(score: float, thoughts: float = 0.0) -> Outcome:
+    """Forty queries of one split, all of the same score but for a pattern that is every outcome's."""
+    modes = {"direct": score, "reasoning": score + thoughts, "empty": score}
+    queries = {mode: {str(i): value + 0.01 * (i % 4) for i in range(40)} for mode, value in modes.items()}
+    return Outcome({"direct": score, "reasoning": score}, {"s": modes}, {"s": queries}, 7.0, 1.5, 100.0)
+
+
+def test_a_choice_names_what_is_told_apart_and_what_leads_on_validation():
+    outcomes = {
+        "a": [outcome(0.5), outcome(0.52)],
+        "b": [outcome(0.6), outcome(0.6)],
+        "c": [outcome(0.5), outcome(0.52)],
+    }
+    text = choices.section(choices.Choice("f", ("a", "b", "c")), "a", outcomes)
+    assert "On the validation split `b` has the highest mean with reasoning (the config's: `a`)" in text
+    assert "better `b` on s; worse none." in text
+    assert (
+        "| **a (the config's)** | 0.5100 (0.5000, 0.5200) | 0.5100 | 0.5100 (0.5000, 0.5200) | 0.5100 |  | 7.0 | 1.50 |"
+        in text
+    )
+    assert re.search(r"\| c \|.* \| 1\.000 \| 7\.0", text)
+
+
+def test_a_gap_has_the_interval_of_its_queries():
+    rng = np.random.default_rng(0)
+    ours, theirs = outcome(0.5), outcome(0.5)
+    noise = {
+        q: x + d for (q, x), d in zip(ours.per_query["s"]["reasoning"].items(), rng.normal(0.02, 0.1, 40), strict=True)
+    }
+    ours.per_query["s"]["reasoning"].update(noise)
+    apart = np.array(list(noise.values())) - np.array(list(theirs.per_query["s"]["reasoning"].values()))
+    middle, low, high = gap([ours], [theirs], "s")
+    want = 1.96 * apart.std() / np.sqrt(40)
+    assert middle == pytest.approx(apart.mean()) and (high - low) / 2 == pytest.approx(want, rel=0.06)
+
+
+def test_what_a_study_keeps_is_compared(tmp_path):
+    config = rl.get_config()
+    nothing = frozenset()
+    first = claim(tmp_path, config, "d", {0: "A"}, nothing)
+    assert claim(tmp_path, config, "d", {1: "B"}, nothing)["starts"] == {"0": "A", "1": "B"}
+    assert claim(tmp_path, config, "d", {}, nothing)["machine"] == first["machine"]
+    with pytest.raises(UserError, match="seed 1 of the runs in .* starts from B, not A"):
+        claim(tmp_path, config, "d", {1: "A"}, nothing)
+    with pytest.raises(UserError, match="has changed since"):
+        claim(tmp_path, config, "e", {}, nothing)
+    kept = json.loads((tmp_path / "study.json").read_text())
+    kept["code"]["r3jax's files"] = "0"
+    (tmp_path / "study.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="--accept=code"):
+        claim(tmp_path, config, "d", {}, nothing)
+    claim(tmp_path, config, "d", {}, frozenset({"code"}))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is a run's own folder"):
+        claim(tmp_path, config, "d", {}, nothing)
+
+
+def test_a_shadow_study_leaves_out_groups_without_a_number(tmp_path):
+    rng = np.random.default_rng(0)
+    rewards = rng.random((2, 2, 8))
+    np.savez(tmp_path / "x.npz", rewards=rewards[:, :, :4], reencoded=np.ones((2, 1)))
+    want = refresh.read(tmp_path / "x.npz", 4, "grpo")
+    rewards[:, 1, 4] = np.nan
+    np.savez(tmp_path / "x.npz", rewards=rewards, reencoded=np.ones((2, 1)))
+    np.testing.assert_allclose(refresh.read(tmp_path / "x.npz", 4, "grpo"), want)
 
 
 def never(*_):
@@ -195,11 +262,15 @@ def studied(tmp_path_factory):
 def test_the_refresh_study_writes_its_page(studied):
     folder, argv = studied
     text = (folder / "refresh.md").read_text()
+    assert "init_from" not in text  # where a run lies is nobody else's concern
     rows = {line.split("|")[1].strip(" *"): line for line in text.splitlines() if line.startswith("| ")}
-    assert "python -m r3jax.study refresh --config=" in text and "seeds 3; 2 steps of 8 queries" in text
+    assert (
+        "python -m r3jax.study refresh --config=" in text
+        and "seeds 3, stage 1 taken from runs of train.py; 2 steps" in text
+    )
     assert len([line for line in text.splitlines() if line.startswith("| boundary")]) == 5
     assert re.search(r"\| none \| 0 % \| 0\.\d{4} \(0\.\d{4}\) \| \S+ \(\S+\) \| 0 \| – \|", text)
-    assert {"hybrid (the default)", "hybrid, 10 % (the default)", "round_robin, 10 %", "none"} <= set(rows)
+    assert {"hybrid (the config's)", "hybrid, 10 % (the config's)", "round_robin, 10 %", "none"} <= set(rows)
     assert ElementTree.parse(folder / "refresh.svg").getroot().tag.endswith("svg")
     runs = folder / "study" / "seed-3"
     assert {p.name for p in runs.iterdir()} == {"sft", "full", "default", "none", "round_robin"}
@@ -229,12 +300,12 @@ def test_a_choice_shares_the_default_run(studied, monkeypatch):
     monkeypatch.setattr(train, "main", as_none)
     out = folder / "choices.md"
     given = [*argv[:-1], f"--out={out}"]
-    out.write_text("# Kept\n\n## advantage\n\nold\n\n## reward\n\nstays\n")
+    out.write_text("# Kept\n\n## advantage\n\nstale words\n\n## reward\n\nstays\n")
     study.main(["advantage", *given])
     text = out.read_text()
-    assert text.startswith("# Kept\n\n## advantage\n\n    python -m") and "old" not in text and "stays" in text
-    assert all(re.search(rf"^\| {x} \|( 0\.\d{{4}} \|)", text, re.M) for x in ("dr_grpo", "rloo"))
-    assert "| **grpo (the default)** |" in text and "With reasoning, on the validation split `" in text
+    assert text.startswith("# Kept\n\n## advantage\n\n    python -m") and "stale words" not in text and "stays" in text
+    assert all(re.search(rf"^\| {x} \|( 0\.\d{{4}} \(0\.\d{{4}}\) \|)", text, re.M) for x in ("dr_grpo", "rloo"))
+    assert "| **grpo (the config's)** |" in text and "On the validation split `" in text
     assert (folder / "choices-advantage.svg").is_file()
     names = {p.name for p in runs.iterdir()}
     assert {"advantage-dr_grpo", "advantage-rloo"} <= names and "advantage-grpo" not in names
@@ -252,20 +323,24 @@ def test_curves_of_reasoning_are_whole_runs(studied, monkeypatch):
 
     def as_default(argv, make_stage=None):
         to = next(flag for flag in argv if flag.startswith("--workdir=")).removeprefix("--workdir=")
-        assert not any(flag.startswith("--config.init_from") for flag in argv)
         made[pathlib.Path(to).name] = argv
+        starts = [flag for flag in argv if flag.startswith("--config.init_from")]
+        assert starts == (
+            [f"--config.init_from={folder / 'curves' / 'seed-3' / 'sft'}"] if to.endswith("default") else []
+        )
         shutil.copytree(runs / "default", to)
 
     monkeypatch.setattr(train, "main", as_default)
     out = folder / "curves.md"
-    study.main(["reasoning", *argv[:-1], f"--out={out}"])
+    given = [flag for flag in argv[:-2] if not flag.startswith("--config.init_from=")]
+    study.main(["reasoning", *given, f"--workdir={folder / 'curves'}", f"--out={out}"])
     factors = {"size": ("0.5", "2"), "budget": ("0.25", "0.5", "2"), "thought": ("0.25", "0.5", "2")}
-    assert set(made) == {f"{axis}-{factor}" for axis, some in factors.items() for factor in some}
+    assert set(made) == {"sft", "default"} | {f"{axis}-{factor}" for axis, some in factors.items() for factor in some}
     config = json.loads((runs / "default" / "config.json").read_text())
     assert f"--config.model.width={2 * config['model']['width']}" in made["size-2"]
     assert f"--config.sft.steps={config['sft']['steps'] // 2}" in made["budget-0.5"]
     text = out.read_text()
-    assert text.count("(the default)") == 3 and len(re.findall(r"^\| model size: ", text, re.M)) == 2
+    assert text.count("(the config's)") == 3 and len(re.findall(r"^\| model size: ", text, re.M)) == 2
     scores = json.loads((runs / "default" / "results.json").read_text())["splits"]["seen"]
     want = " | ".join(f"{scores[f'rl_{mode}']['ndcg@10']:.4f}" for mode in ("direct", "reasoning", "empty"))
     assert text.count(f"| {want} | ") == 11
@@ -274,5 +349,19 @@ def test_curves_of_reasoning_are_whole_runs(studied, monkeypatch):
 
 def test_a_checkpoint_has_no_curve_over_sizes(studied):
     folder, argv = studied
-    with pytest.raises(UserError, match="config.from_scratch must be true for study reasoning"):
-        study.main(["reasoning", *argv, "--config.from_scratch=False"])
+    with pytest.raises(UserError, match="config.from_scratch must be true, and config.init_from empty, for study"):
+        study.main(["reasoning", *argv])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("--config.index.policy=full", "config.index.policy must be one of round_robin, "),
+        ("--config.index.budget=0.0", "with an index.budget above 0 for study refresh"),
+        ("--config.rl.dynamic_sampling=1", "config.rl.dynamic_sampling must be 0"),
+    ],
+)
+def test_what_refresh_cannot_compare_is_refused(studied, change, says):
+    folder, argv = studied
+    with pytest.raises(UserError, match=says):
+        study.main(["refresh", *argv, change])

@@ -8,12 +8,15 @@ A finished run is never repeated, one that was stopped goes on.
 """
 
 import dataclasses
+import datetime
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -23,12 +26,15 @@ from r3jax.evaluation import metrics
 from r3jax.evaluation.significance import paired_randomisation
 from r3jax.evaluation.trec import read_run
 from r3jax.run import config as run_config
+from r3jax.run import fingerprint
 from r3jax.weights import BEST_KEY, IMPORTED, last_stage
 
 METRIC = "ndcg@10"
 MODES = ("direct", "reasoning", "empty")  # how a trained model is searched with
-# What may differ between two commands that share runs; each run has its own seed.
-FREE = ("name", "seed", "log.", "checkpoint.", "processes.", "xla_cache", "data.cache")
+# What may differ between two commands that share runs; each run has its own seed and start.
+FREE = ("name", "seed", "init_from", "log.", "checkpoint.", "processes.", "xla_cache", "data.cache")
+KEPT = "study.json"  # data, code, machine and starts of all runs in the folder
+BOOTSTRAPS = 10_000
 DEFAULT = "default"
 
 
@@ -40,7 +46,8 @@ class Outcome:
     held_out: Mapping[str, Mapping[str, float]]  # split -> mode -> nDCG@10
     per_query: Mapping[str, Mapping[str, Mapping[str, float]]]  # split -> mode -> query -> nDCG@10
     thought_tokens: float  # mean over all held-out queries
-    seconds: float  # of stage 2's steps
+    step_seconds: float  # median of stage 2's steps without shadows, so that compilations and probes do not count
+    encoded: float  # documents per step of stage 2, those for probes and their reward errors among them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Lab:
         folder = self._folder(seed, "sft")
         if not self.starts:
             if not (folder / "results.json").is_file():
-                self._train(seed, folder, ["--config.rl.steps=0"])
+                self._train(seed, folder, {"rl.steps": 0})
             return folder
         given = pathlib.Path(self.starts[self.seeds.index(seed) % len(self.starts)])
         if last_stage(given) != "rl" or not (given / "checkpoints" / "sft").is_dir():
@@ -79,15 +86,15 @@ class Lab:
             draft.rename(folder)
         return folder
 
-    def run(self, seed: int, name: str, changes: Sequence[str], train: Callable | None = None) -> pathlib.Path:
-        """The folder of a seed's run of stage 2 with `changes` (flags), trained if it is not finished."""
+    def run(self, seed: int, name: str, changes: Mapping[str, Any], train: Callable | None = None) -> pathlib.Path:
+        """The folder of a seed's run of stage 2 with `changes` (field: value), trained if it is not finished."""
         folder = self._folder(seed, name)
         if not (folder / "results.json").is_file():
-            self._train(seed, folder, [f"--config.init_from={self.stage_1(seed)}", *changes], train)
+            self._train(seed, folder, {"init_from": self.stage_1(seed), **changes}, train)
         return folder
 
-    def whole(self, seed: int, name: str, changes: Sequence[str]) -> pathlib.Path:
-        """The folder of a seed's run of both stages with `changes` (flags), trained if it is not finished."""
+    def whole(self, seed: int, name: str, changes: Mapping[str, Any]) -> pathlib.Path:
+        """The folder of a seed's run of both stages with `changes` (field: value), trained if it is not finished."""
         folder = self._folder(seed, name)
         if not (folder / "results.json").is_file():
             self._train(seed, folder, changes)
@@ -97,6 +104,7 @@ class Lab:
         """What the finished run in `folder` shows."""
         results = json.loads((folder / "results.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        steps = [x for x in lines if x["stage"] == "rl" and "time/step" in x]
         measured = [x for x in lines if x["stage"] == "rl" and x.get(f"eval/{BEST_KEY}") is not None]
         best = max(measured, key=lambda x: x[f"eval/{BEST_KEY}"])
         held_out, per_query, tokens, queries = {}, {}, 0.0, 0
@@ -112,22 +120,38 @@ class Lab:
             held_out=held_out,
             per_query=per_query,
             thought_tokens=tokens / queries,
-            seconds=results["stage_seconds"]["rl"],
+            step_seconds=float(np.median([x["time/step"] - x.get("time/shadows", 0) for x in steps])),
+            encoded=_encoded(steps, run_config.load_saved(folder / run_config.SAVED_NAME), len(self.dataset.doc_ids)),
         )
 
     def _folder(self, seed: int, name: str) -> pathlib.Path:
         return self.workdir / f"seed-{seed}" / name
 
-    def _train(self, seed: int, folder: pathlib.Path, more: Sequence[str], train: Callable | None = None) -> None:
+    def _train(
+        self, seed: int, folder: pathlib.Path, changes: Mapping[str, Any], train: Callable | None = None
+    ) -> None:
         print(f"study: seed {seed}, {folder.name}", flush=True)
+        more = [f"--config.{field}={value}" for field, value in changes.items()]
         (train or self.train)([*self.flags, f"--config.seed={seed}", *more, f"--workdir={folder}"])
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict, starts: str) -> None:
-    """Keeps the config that all runs in `workdir` vary; UserError where they vary another."""
-    config = ConfigDict(config)
-    config.init_from = starts
-    path = workdir / run_config.SAVED_NAME
+def _encoded(steps: Sequence[Mapping[str, Any]], config: ConfigDict, documents: int) -> float:
+    """Documents that a run encoded in a step of stage 2, all in all, by the figures of its steps."""
+    whole = sum("probe/reward_error" in x for x in steps) * documents
+    return (sum(x["index/reencoded"] for x in steps) + whole) / len(steps) + min(config.index.probes, documents)
+
+
+def claim(
+    workdir: pathlib.Path, config: ConfigDict, data: str, starts: Mapping[int, str], accept: frozenset[str]
+) -> Mapping[str, Any]:
+    """Keeps what all runs in `workdir` share, and returns it; UserError where runs that are there have other.
+
+    data: the data set's hash. starts: the run that stage 1 is taken from, of each seed that has one. accept: of
+    "data" and "code", what may differ. Returned: `machine` and `month`, those of the first runs.
+    """
+    path, kept = workdir / run_config.SAVED_NAME, workdir / KEPT
+    if (workdir / "checkpoints").exists():
+        raise UserError(f"--workdir: {workdir} is a run's own folder; name another for the runs of the study.")
     if path.is_file():
         old, new = (dict(run_config.leaves(c)) for c in (run_config.load_saved(path), config))
         for key in sorted(old.keys() | new.keys()):
@@ -136,10 +160,33 @@ def claim(workdir: pathlib.Path, config: ConfigDict, starts: str) -> None:
                     f"--workdir: the runs in {workdir} have config.{key}={old.get(key)!r}, not {new.get(key)!r}; "
                     "name another --workdir or remove that folder."
                 )
+    code = dict(fingerprint.code(config.rl.reward.name))
+    found: dict[str, Any] = {
+        "data": data,
+        "code": code,
+        "starts": {str(seed): start for seed, start in starts.items()},
+        "machine": f"{jax.device_count()} device(s) of kind {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "month": f"{datetime.date.today():%B %Y}",
+    }
+    if kept.is_file():
+        before = json.loads(kept.read_text())
+        fingerprint.refuse_data(config.data.path, before["data"], data, accept)
+        fingerprint.refuse_code(before["code"], code, accept)
+        for seed, start in found["starts"].items():
+            if before["starts"].get(seed, start) != start:
+                raise UserError(
+                    f"config.init_from: seed {seed} of the runs in {workdir} starts from {before['starts'][seed]}, not "
+                    f"{start}; name that run or another --workdir."
+                )
+        found = before | {"starts": before["starts"] | found["starts"]}
     try:
         run_config.save(config, path)
+        draft = kept.with_name(KEPT + ".part")
+        draft.write_text(json.dumps(found, indent=1) + "\n")
+        draft.replace(kept)
     except OSError as e:
         raise UserError(f"--workdir: cannot write to {workdir}: {e.strerror}; name another folder.") from None
+    return found
 
 
 def starts_of(init_from: str, seeds: Sequence[int]) -> tuple[str, ...]:
@@ -163,6 +210,23 @@ def p_better(ours: Sequence[Outcome], theirs: Sequence[Outcome], split: str) -> 
 def p_mode(found: Sequence[Outcome], split: str, mode: str, other: str) -> float:
     """One-sided p that runs (one per seed) have the higher nDCG@10 with `mode` than with `other`; paired by query."""
     return paired_randomisation(_by_query(found, split, mode), _by_query(found, split, other))
+
+
+def gap(ours: Sequence[Outcome], theirs: Sequence[Outcome], split: str) -> tuple[float, float, float]:
+    """How much better nDCG@10 with reasoning is in `ours`, and its 95 % interval by a bootstrap over the queries.
+
+    What another seed would change is not in it; each seed's own scores tell that.
+    """
+    apart = _by_query(ours, split, "reasoning") - _by_query(theirs, split, "reasoning")
+    rng = np.random.default_rng(0)
+    means = [apart[rng.integers(0, len(apart), len(apart))].mean() for _ in range(BOOTSTRAPS)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(apart.mean()), float(low), float(high)
+
+
+def each(values: Sequence[float]) -> str:
+    """The mean, and every seed's own in brackets."""
+    return f"{mean(values):.4f} ({', '.join(f'{x:.4f}' for x in values)})"
 
 
 def _by_query(found: Sequence[Outcome], split: str, mode: str) -> np.ndarray:

@@ -44,8 +44,8 @@ def changed(axis: Axis, factor: float, config: Mapping[str, Any]) -> dict[str, i
     return {field: max(1, int(config[field] * factor)) if config[field] else 0 for field in axis.fields}
 
 
-def points(config: Mapping[str, Any]) -> list[dict[str, int]]:
-    """The fields of every run, of a config's leaves."""
+def variants(config: Mapping[str, Any]) -> list[dict[str, int]]:
+    """The fields that the runs change, of a config's leaves."""
     return [changed(axis, factor, config) for axis in AXES.values() for factor in axis.factors]
 
 
@@ -57,8 +57,8 @@ def run(lab: Lab, config: Mapping[str, Any]) -> tuple[str, str]:
         for factor in axis.factors:
             outcomes = found[name][factor] = []
             for seed in lab.seeds:
-                changes = [f"--config.{field}={value}" for field, value in changed(axis, factor, config).items()]
-                of = lab.run(seed, DEFAULT, []) if factor == 1 else lab.whole(seed, f"{name}-{factor:g}", changes)
+                changes = changed(axis, factor, config)
+                of = lab.run(seed, DEFAULT, {}) if factor == 1 else lab.whole(seed, f"{name}-{factor:g}", changes)
                 outcomes.append(lab.outcome(of))
     return section(found, config), plot(found, config)
 
@@ -78,7 +78,7 @@ def section(found: Mapping[str, Mapping[float, list[Outcome]]], config: Mapping[
             axis = AXES[name]
             for factor, outcomes in runs.items():
                 label = f"{axis.title}: `{axis.shown}` {changed(axis, factor, config)[axis.shown]}"
-                row = [f"**{label} (the default)**" if factor == 1 else label]
+                row = [f"**{label} (the config's)**" if factor == 1 else label]
                 row += [f"{mean(o.held_out[split][mode] for o in outcomes):.4f}" for mode in MODES]
                 row += [f"{p_mode(outcomes, split, 'reasoning', other):.4f}" for other in ("direct", "empty")]
                 rows.append([*row, f"{mean(o.thought_tokens for o in outcomes):.1f}"])

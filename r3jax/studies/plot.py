@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 COLOURS = ("#2f6fb5", "#d1711f", "#2d8a4e", "#a4489c", "#8a6d3b", "#6b7280")
-WIDTH, HEIGHT = 420, 300
+WIDTH, HEIGHT, LEGEND = 420, 300, 180
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 40, 44
 STYLE = (
     "text{font:12px sans-serif;fill:#222}path{fill:none}.grid{stroke:#ccc}"
@@ -31,13 +31,14 @@ class Panel:
 def figure(panels: Sequence[Panel]) -> str:
     """The panels beside each other, with one legend under them; they share the order of their series."""
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
-    rows = math.ceil(len(names) / 4)
+    across = (WIDTH * len(panels) - LEFT) // LEGEND
+    rows = math.ceil(len(names) / across)
     height = HEIGHT + 20 * rows
     parts = [f'<g transform="translate({i * WIDTH},0)">{_panel(p, names)}</g>' for i, p in enumerate(panels)]
     for i, name in enumerate(names):
-        x, y = LEFT + (i % 4) * 150, HEIGHT + 14 + 20 * (i // 4)
+        x, y = LEFT + (i % across) * LEGEND, HEIGHT + 14 + 20 * (i // across)
         parts.append(
-            f'<path d="M{x} {y - 4}h18" stroke="{_colour(i)}" stroke-width="2.5"/>'
+            f'<path d="M{x} {y - 4}h18" {_stroke(i)} stroke-width="2.5"/>'
             f'<text x="{x + 24}" y="{y}">{html.escape(name)}</text>'
         )
     width = WIDTH * len(panels)
@@ -49,6 +50,11 @@ def figure(panels: Sequence[Panel]) -> str:
 
 def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
+
+
+def _stroke(i: int) -> str:
+    """Dashed where the colours come round again."""
+    return f'stroke="{_colour(i)}"' + (' stroke-dasharray="5 3"' if i // len(COLOURS) % 2 else "")
 
 
 def _panel(panel: Panel, names: Sequence[str]) -> str:
@@ -85,10 +91,10 @@ def _panel(panel: Panel, names: Sequence[str]) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(panel.xlabel)}</text>')
     for name, values in drawn.items():
-        colour = _colour(names.index(name))
+        colour, stroke = _colour(names.index(name)), _stroke(names.index(name))
         points = [(x(i), y(v)) for i, v in enumerate(values) if v is not None]
         if len(points) > 1:
             path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
-            parts.append(f'<path d="{path}" stroke="{colour}" stroke-width="2"/>')
+            parts.append(f'<path d="{path}" {stroke} stroke-width="2"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points]
     return "".join(parts)

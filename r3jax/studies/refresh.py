@@ -6,12 +6,13 @@ trained in earnest, for only those feel their own errors.
 
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from r3jax.rl import algorithms
 from r3jax.studies import shadows
-from r3jax.studies.cells import DEFAULT, Lab, Outcome, mean, p_better, table
+from r3jax.studies.cells import DEFAULT, Lab, Outcome, each, gap, mean, p_better, table
 from r3jax.studies.plot import Panel, figure
 from r3jax.studies.shadows import Cell
 
@@ -28,6 +29,17 @@ POLICIES = """\
   but for the lines that say "not carried"."""
 
 
+def reals(own: Cell) -> dict[str, dict[str, Any]]:
+    """The runs that are trained in earnest, and the fields they change: run -> field -> value."""
+    found: dict[str, dict[str, Any]] = {
+        FULL: {"index.policy": "full", "rl.probe_every": 0},  # probes would re-encode what is fresh
+        DEFAULT: {},
+        "none": {"index.policy": "none", "index.max_age": 0},  # nothing would be left to rank
+        "round_robin": {"index.policy": "round_robin"},
+    }
+    return {name: changes for name, changes in found.items() if name != own.policy}
+
+
 def run(
     lab: Lab,
     *,
@@ -41,18 +53,16 @@ def run(
     own: the config's. watched: trains on a command line with shadows, which write the named file.
     """
     cells = shadows.grid(own)
-    reals = {DEFAULT: [], "none": ["--config.index.policy=none"], "round_robin": ["--config.index.policy=round_robin"]}
-    outcomes: dict[str, list[Outcome]] = {FULL: []}
+    runs = reals(own)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in runs}
     seen = []
     for seed in lab.seeds:
-        # Probes would re-encode what is fresh.
-        changes = ["--config.index.policy=full", "--config.rl.probe_every=0"]
-        folder = lab.run(seed, FULL, changes, lambda argv: watched(argv, cells, SHADOWS))
-        outcomes[FULL].append(lab.outcome(folder))
-        seen.append(read(folder / SHADOWS, group, advantage))
-        for name, changes in reals.items():
-            if name not in (own.policy, FULL) or name == DEFAULT:
-                outcomes.setdefault(name, []).append(lab.outcome(lab.run(seed, name, changes)))
+        for name, changes in runs.items():
+            train = (lambda argv: watched(argv, cells, SHADOWS)) if name == FULL else None
+            folder = lab.run(seed, name, changes, train)
+            outcomes[name].append(lab.outcome(folder))
+            if name == FULL:
+                seen.append(read(folder / SHADOWS, group, advantage))
     figures = np.array(seen)
     return page(cells, figures, outcomes, own, len(lab.dataset.doc_ids)), plot(cells, figures)
 
@@ -60,14 +70,17 @@ def run(
 def read(file: pathlib.Path, group: int, advantage: str) -> np.ndarray:
     """[S, 3] for each shadow: mean absolute reward error, correlation of advantages, documents per step.
 
-    The correlation is Pearson's over all rollouts of all steps, each with the advantage within its group.
+    The correlation is Pearson's over all rollouts of all steps, each with the advantage within its group. Groups with a
+    reward that is not finite are left out.
     """
     with np.load(file, allow_pickle=False) as saved:
         rewards, reencoded = saved["rewards"].astype(np.float64), saved["reencoded"]
-    steps, count, rollouts = rewards.shape
-    errors = np.abs(rewards[:, 1:] - rewards[:, :1]).mean(axis=(0, 2))
-    grouped = rewards.transpose(1, 0, 2).reshape(-1, group).astype(np.float32)
-    gains = np.asarray(algorithms.advantages(grouped, advantage)).reshape(count, steps * rollouts).astype(np.float64)
+    count = rewards.shape[1]
+    grouped = rewards.transpose(1, 0, 2).reshape(count, -1, group)
+    grouped = grouped[:, np.isfinite(grouped).all(axis=(0, 2))]
+    errors = np.abs(grouped[1:] - grouped[:1]).mean(axis=(1, 2))
+    flat = grouped.reshape(-1, group).astype(np.float32)
+    gains = np.asarray(algorithms.advantages(flat, advantage)).reshape(count, -1).astype(np.float64)
     return np.stack([errors, [_correlation(row, gains[0]) for row in gains[1:]], reencoded.mean(axis=0)], axis=1)
 
 
@@ -85,7 +98,7 @@ def page(cells: Sequence[Cell], seen: np.ndarray, outcomes: dict[str, list[Outco
         error, gains, count = (seen[:, i, n] for n in range(3))
         rows.append(
             [
-                f"**{cell.name} (the default)**" if cell == own else cell.name,
+                f"**{cell.name} (the config's)**" if cell == own else cell.name,
                 f"{100 * cell.budget:g} %",
                 f"{error.mean():.4f} ({error.max():.4f})",
                 f"{gains.mean():.4f} ({gains.min():.4f})",
@@ -108,20 +121,27 @@ def page(cells: Sequence[Cell], seen: np.ndarray, outcomes: dict[str, list[Outco
 def _runs(outcomes: dict[str, list[Outcome]], own: Cell) -> str:
     splits = list(outcomes[FULL][0].held_out)
     budget = f"{100 * own.budget:g} %"
-    labels = {FULL: FULL, DEFAULT: f"{own.name}, {budget} (the default)", "round_robin": f"round_robin, {budget}"}
+    labels = {DEFAULT: f"**{own.name}, {budget} (the config's)**", "round_robin": f"round_robin, {budget}"}
     rows = []
     for name, found in outcomes.items():
         row = [labels.get(name, name)]
         for split in splits:
-            scores = [o.held_out[split]["reasoning"] for o in found]
-            row.append(f"{mean(scores):.4f} ({', '.join(f'{x:.4f}' for x in scores)})")
-            row.append("" if name == FULL else f"{p_better(outcomes[FULL], found, split):.3f}")
-        rows.append(row)
+            row.append(each([o.held_out[split]["reasoning"] for o in found]))
+            if name == FULL:
+                row += ["", ""]
+            else:
+                row.append("{:+.4f} ({:+.4f} to {:+.4f})".format(*gap(found, outcomes[FULL], split)))
+                row.append(f"{p_better(outcomes[FULL], found, split):.3f}")
+        rows.append([*row, f"{mean(o.encoded for o in found):,.0f}", f"{mean(o.step_seconds for o in found):.2f}"])
+    head = [x for split in splits for x in (split, "above full", "p")]
     text = (
-        "Runs trained on their own rewards: held-out nDCG@10 with reasoning, mean over the seeds and each seed's. p: "
-        "one-sided paired randomisation test that `full` is better, by query, a query's score its mean over the seeds."
+        "Runs trained on their own rewards: held-out nDCG@10 with reasoning, mean over the seeds and each seed's. "
+        "Above full: the difference and its 95 % interval by a bootstrap over the queries, a query's score its mean "
+        "over the seeds; p: one-sided paired randomisation test that `full` is better. Neither knows what another seed "
+        "would change. Documents: encoded per step all in all, with each step's drift probes and the corpus that is "
+        "encoded now and then to tell the reward error. Seconds: a step's median, without the shadows."
     )
-    return text + "\n\n" + table(["run", *(x for split in splits for x in (split, "p"))], rows)
+    return text + "\n\n" + table(["run", *head, "documents per step", "s a step"], rows)
 
 
 def plot(cells: Sequence[Cell], seen: np.ndarray) -> str:

@@ -36,20 +36,13 @@ class Cell:
 
 
 def grid(own: Cell) -> list[Cell]:
-    """All cells of the study, the config's own among them. A budget of 0 is `none`, whatever the policy.
+    """All cells of the study, the config's own (of a policy in FOLLOWING) among them. A budget of 0 is `none`.
 
     All carry as `own` does, and its policy is there also with the opposite.
     """
     budgets = sorted({*BUDGETS, own.budget} - {0.0})
     cells = [Cell("none", 0.0)] + [Cell(name, share, own.carry) for name in FOLLOWING for share in budgets]
-    if own.policy in FOLLOWING:
-        cells += [Cell(own.policy, share, not own.carry) for share in budgets]
-    return cells
-
-
-def own_cell(policy: str, budget: float, carry: bool) -> Cell:
-    """The cell of a config."""
-    return Cell(policy, budget, carry) if policy in FOLLOWING else Cell("none", 0.0)
+    return cells + [Cell(own.policy, share, not own.carry) for share in budgets]
 
 
 class Shadowed:

@@ -163,6 +163,7 @@ _STUDY = [
     ("refresh --seeds=1,1", "--seeds must be different"),
     ("refresh --out=page.txt", "must end in .md"),
     ("refresh --out=file/page.md", "file/page.md cannot be written: "),
+    ("refresh --config.index.policy=full", "config.index.policy must be one of round_robin, "),
     ("refresh --config.rl.steps=0", "config.rl.steps leaves nothing to study"),
     ("refresh --config.init_from=nowhere", "nowhere holds no checkpoint of a stage; name"),
     ("refresh --config.init_from=a,b", "names 2 runs for 3 seeds"),
