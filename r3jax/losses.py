@@ -155,7 +155,8 @@ def grad_cache(encode_fn: Callable, loss_fn: Callable, params, batch, chunks: in
 
     def add(total, part_and_upstream):
         part, upstream = part_and_upstream
-        _, pull_back = jax.vjp(lambda p: encode_fn(p, part), params)
+        rows, pull_back = jax.vjp(lambda p: encode_fn(p, part), params)
+        upstream = jax.tree.map(_laid_as, upstream, rows)  # parts of one row lose their sharding on the way
         return jax.tree.map(jnp.add, total, pull_back(upstream)[0]), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)  # bf16 would round each sum
@@ -184,6 +185,11 @@ def _encoded(encode_fn: Callable, params, parts, rows: int):
     """The first `rows` encoded rows of `parts` [chunks, n, ...]."""
     encoded = jax.lax.map(lambda part: encode_fn(params, part), parts)
     return jax.tree.map(lambda x: _join(x, rows), encoded)
+
+
+def _laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    spec = _spec(like)
+    return x if spec is None else jax.reshard(x, spec)
 
 
 def _logits_function(unembed) -> Callable:

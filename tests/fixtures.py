@@ -232,6 +232,14 @@ def placed(params: dict, parts: Parts) -> dict:
     return jax.device_put(params, model_params.shardings(parts.model, parts.mesh))
 
 
+def assert_same_gradient(found, wanted) -> None:
+    """Leaf by leaf, to a share of the leaf's largest value: Adam's step hides a gradient's size, and so cannot tell."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        size = np.abs(b).max()
+        assert size > 0, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * size, err_msg=jax.tree_util.keystr(path))
+
+
 def finished_run() -> tuple[pathlib.Path, str]:
     """The folder of a micro run of both stages on all fake devices, with its report, and what it printed."""
 

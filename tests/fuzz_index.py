@@ -7,6 +7,7 @@ one ended the process.
 """
 
 import io
+import re
 import sys
 
 import numpy as np
@@ -72,7 +73,8 @@ class Sequence:
         step = int(self.rng.integers(0, 50))
         if self.hostile():
             broken, arguments = self.broken_rows(rows)
-            self.refused(arguments, lambda: self.index.upsert(broken, self.vectors(max(1, len(rows))), step))
+            count = np.asarray(broken, object).size  # as many, so that nothing else is wrong
+            self.refused(arguments, lambda: self.index.upsert(broken, self.vectors(count), step))
             broken, arguments = self.broken_vectors(vectors if len(rows) else self.vectors(1))
             self.refused(arguments, lambda: self.index.upsert(rows if len(rows) else [0], broken, step))
             self.refused("vectors", lambda: self.index.upsert(rows, self.vectors(len(rows) + 1), step))
@@ -151,7 +153,9 @@ class Sequence:
             state = dict(saved)
         if self.hostile():
             name = self.pick(sorted(state))
-            self.refused(name, lambda: VersionedIndex.from_state({k: v for k, v in state.items() if k != name}))
+            self.refused(
+                f"state lacks {name}", lambda: VersionedIndex.from_state({k: v for k, v in state.items() if k != name})
+            )
             self.refused("state", lambda: VersionedIndex.from_state(None))
             broken, arguments = self.broken_vectors(state["vectors"])
             self.refused(arguments, lambda: VersionedIndex.from_state(state | {"vectors": broken}))
@@ -228,7 +232,8 @@ class Sequence:
         try:
             call()
         except ValueError as e:
-            assert argument in str(e), f"{e!r} does not name {argument}"
+            named = re.match(rf"({argument}|state\['{argument}'\])(?!\w)", str(e))
+            assert named, f"{e!r} does not begin with {argument}"
             self.refusals += 1
         else:
             raise AssertionError(f"a hostile {argument} was accepted")
