@@ -86,8 +86,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             "policy": "hybrid",
             "budget": 0.03,  # share of the corpus re-encoded per step, at most
             "round_robin_share": 0.1,
-            # Move all stale vectors by what the re-encoded ones have moved in common. tiny, the first 40 steps of stage
-            # 2: a reward error of .0010 instead of .032 at 3 % of the documents (docs/refresh.md).
+            # Move all stale vectors by what the re-encoded ones have moved in common. tiny, 100 steps of stage 2: a
+            # reward error of .0005 instead of .026 at 3 % of the documents (docs/refresh.md).
             "carry": True,
             "over_retrieve": 100,
             # Steps; a document that was encoded longer ago does not rank. Needs a budget of 1 / max_age. 0: no bound.

@@ -131,7 +131,7 @@ def _runs(outcomes: dict[str, list[Outcome]], own: Cell) -> str:
                 row += ["", ""]
             else:
                 row.append("{:+.4f} ({:+.4f} to {:+.4f})".format(*gap(found, outcomes[FULL], split)))
-                row.append(f"{p_better(outcomes[FULL], found, split):.3f}")
+                row.append(f"{p_better(outcomes[FULL], found, split):.4f}")
         rows.append([*row, f"{mean(o.encoded for o in found):,.0f}", f"{mean(o.step_seconds for o in found):.2f}"])
     head = [x for split in splits for x in (split, "above full", "p")]
     text = (
