@@ -90,7 +90,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
             # reward error of .0005 instead of .026 at 3 % of the documents (docs/refresh.md).
             "carry": True,
             "over_retrieve": 100,
-            # Steps; a document that was encoded longer ago does not rank. Needs a budget of 1 / max_age. 0: no bound.
+            # Steps; a document that was encoded longer ago does not rank. Needs a budget of 2 / max_age. 0: none.
             "max_age": 0,
             # Of each rollout's best irrelevant candidates, re-encoded with the positives before the policy chooses; 0
             # leaves them to it: they stand near the score that decides, so boundary has most of them anyway.

@@ -267,7 +267,7 @@ def test_an_impossible_value_is_named(good, field, value, sentence):
 
 
 def test_rounds_of_a_step_leave_the_first_a_share_of_what_max_age_needs(good):
-    good.index.update({"max_age": 20, "budget": 0.05})
+    good.index.update({"max_age": 20, "budget": 0.1})
     configs.validate(good)
     good.rl.dynamic_sampling = 1
     with pytest.raises(UserError, match=r"config.index.max_age \(20\) .* for rl.dynamic_sampling is 1; raise either"):

@@ -73,7 +73,24 @@ def test_the_overdue_come_first():
         assert choose(policy, **small(max_age=3, budget=3)).tolist()[:2] == [4, 5]  # 4 is a candidate
         assert choose(policy, **small(max_age=3, budget=3, negatives=[1], positives=[3])).tolist() == [4, 5, 3]
     assert choose("boundary", **small(max_age=8, budget=3)).tolist() == [5, 2, 1]
-    assert 5 not in choose("boundary", **small(max_age=9))
+    assert choose("boundary", **small(max_age=9, budget=3)).tolist() == [5, 2, 1]  # before it is overdue
+
+
+@pytest.mark.parametrize("policy", ["round_robin", *ROLLOUT_POLICIES])
+def test_no_document_is_ever_overdue_where_the_budget_is_twice_what_the_age_asks(policy):
+    """All begin at version 0 and would fall due at once; the searches always find the same part of them."""
+    size, budget, max_age, rng = 4000, 120, 67, np.random.default_rng(0)
+    versions, positives = np.zeros(size, np.int64), np.arange(20)
+    for step in range(1, 3 * max_age):
+        found = np.sort(rng.integers(0, size // 4, (16, 100)), axis=1)
+        seen = {"candidates": found, "scores": -np.sort(-rng.random((16, 100)), axis=1)}
+        seen |= {"theta": np.full(16, 0.9), "ranks": np.ones(16, int), "sigma": 0.1}
+        rows = choose(
+            policy, versions=versions, step=step, budget=budget, positives=positives, max_age=max_age, share=0.1, **seen
+        )
+        assert len(rows) <= budget
+        versions[rows] = step
+        assert (step - versions).max() <= max_age
 
 
 def test_reward_steps_by_hand():
@@ -140,7 +157,8 @@ def slow_choose(policy, *, versions, step, budget, positives, candidates, scores
                 order.append(row)
 
     overdue = [row for row in stale if max_age is not None and age[row] > max_age]
-    for rows in ([row for row in overdue if row in value], overdue, positives.tolist(), negatives.tolist()):
+    due = stale[: int(np.ceil(len(versions) / max_age))] if max_age else []
+    for rows in ([row for row in overdue if row in value], overdue, due, positives.tolist(), negatives.tolist()):
         take(rows, budget)
     most = budget - round(share * (budget - len(order))) if policy == "hybrid" else budget
     take(sorted(value, key=lambda row: (-value[row], row)), most)

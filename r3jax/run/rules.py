@@ -278,13 +278,14 @@ RULES: list[Rule] = [
     *at_least(0, "index.max_age", "index.probes", "index.fresh_negatives"),
     Rule(
         ("index.max_age", "index.budget", "index.policy"),
-        lambda age, budget, policy: not age or policy == "full" or (policy != "none" and age * budget >= 1 - 1e-9),
-        "({0}) asks for every document once in so many steps, which index.budget={1} with policy {2} cannot give; "
+        lambda age, budget, policy: not age or policy == "full" or (policy != "none" and age * budget >= 2 - 1e-9),
+        "({0}) asks for every document once in so many steps, which index.budget={1} with policy {2} cannot give "
+        "with half of it; "
         "raise either, or set config.index.max_age=0 for no bound",
     ),
     Rule(
         ("index.max_age", "index.budget", "index.policy", "rl.dynamic_sampling"),
-        lambda age, budget, policy, rounds: not age or policy == "full" or age * budget >= (1 - 1e-9) * (1 + rounds),
+        lambda age, budget, policy, rounds: not age or policy == "full" or age * budget >= (2 - 1e-9) * (1 + rounds),
         "({0}) asks for every document once in so many steps, which index.budget={1} cannot give where a step's first "
         "round may spend its share alone, for rl.dynamic_sampling is {3}; raise either, or set config.index.max_age=0",
     ),

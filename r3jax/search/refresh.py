@@ -108,10 +108,11 @@ def choose(
 ) -> np.ndarray:
     """The rows to re-encode now, int64 [n], unique, most urgent first, n <= budget (`full` ignores it).
 
-    Order: candidates older than `max_age`, then other documents older than that (oldest first), then the batch's
-    positives, its hard negatives, then the policy's own. `none` returns nothing and `full` everything stale;
-    `round_robin` looks at nothing but ages. A document encoded at `step` is never chosen. Ties go to the lower row,
-    so equal inputs give equal outputs.
+    Order: candidates older than `max_age`, then other documents older than that (oldest first), then, where there is
+    a `max_age`, the N / max_age oldest documents, so that none grows older; then the batch's positives, its hard
+    negatives, then the policy's own. `none` returns nothing and `full` everything stale; `round_robin` looks at
+    nothing but ages. A document encoded at `step` is never chosen. Ties go to the lower row, so equal inputs give
+    equal outputs.
 
     Args:
       policy: one of POLICIES.
@@ -156,7 +157,10 @@ def choose(
     candidates = _known_rows("candidates", candidates, len(versions))
     hits = np.bincount(candidates.ravel() + 1, minlength=len(versions) + 1)[1:]
     overdue = oldest[ages[oldest] > max_age] if max_age is not None else oldest[:0]
-    must = [overdue[hits[overdue] > 0], overdue]
+    # Documents of one age fall due together, and more of them than a step's budget: each step takes its part of the
+    # oldest before they are.
+    due = oldest[: -(-len(versions) // max_age)] if max_age else oldest[:0]
+    must = [overdue[hits[overdue] > 0], overdue, due]
     for name, rows in (("positives", positives), ("negatives", negatives)):
         must.append(_known_rows(name, rows, len(versions)).ravel())
     first = _unique(np.concatenate(must), ages)[:budget]
