@@ -282,15 +282,6 @@ def test_log_rank_beyond_max_age_counts_what_is_left():
     assert overdue.any()
 
 
-def test_a_bound_that_nothing_reaches_changes_nothing():
-    played = []
-    for max_age in (None, 100):
-        world = World()
-        env = environment(world, max_age=max_age, probes=4)
-        played.append([rewards for rewards, _, _ in play(env, world, 5)])
-    np.testing.assert_array_equal(*played)
-
-
 @pytest.mark.parametrize("policy", ["neighbourhood", "boundary", "hybrid"])
 def test_each_rollouts_best_mistakes_are_fresh_where_that_is_wanted(policy):
     world = World()

@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import math
 import pathlib
 import tempfile
 
@@ -275,8 +276,9 @@ def urgent(d) -> list[int]:
     ages = d["step"] - d["versions"]
     oldest = sorted((row for row in range(len(ages)) if ages[row] > 0), key=lambda row: (-ages[row], row))
     overdue = [row for row in oldest if d["max_age"] is not None and ages[row] > d["max_age"]]
+    due = oldest[: math.ceil(len(ages) / d["max_age"])] if d["max_age"] else []  # so that none grows older than that
     returned = set(d["candidates"].ravel().tolist())
-    order = [row for row in overdue if row in returned] + overdue + [*d["positives"], *d["negatives"]]
+    order = [row for row in overdue if row in returned] + overdue + due + [*d["positives"], *d["negatives"]]
     return [row for row in dict.fromkeys(map(int, order)) if row >= 0 and ages[row] > 0]
 
 
