@@ -1,14 +1,16 @@
 """Conditions of one model: what each reads, against plain encoding and a plain search."""
 
 import dataclasses
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from r3jax.model.encoder import encode_rows
 from r3jax.model.qwen2 import hidden_states, unembedding
-from r3jax.results.conditions import MODEL_CONDITIONS, bm25, evaluate, queries_of
+from r3jax.results.conditions import MODEL_CONDITIONS, Stopwatch, bm25, evaluate, queries_of
 from r3jax.results.examples import examples, read_thoughts, thoughts_of, write_thoughts
 from r3jax.search.index import VersionedIndex
 from tests import fixtures
@@ -225,3 +227,16 @@ def test_thoughts_survive_the_disk(found, tmp_path):
     own = thoughts_of(found["reasoning"])
     write_thoughts(tmp_path / "thoughts" / "x.jsonl", own)
     assert read_thoughts(tmp_path / "thoughts" / "x.jsonl") == own and len(own) == 20
+
+
+def test_compilations_are_not_on_the_watch():
+    """A function of a constant that no cache has seen: its first call compiles."""
+    watch, spent = Stopwatch(), time.perf_counter()
+    with watch.running():
+        jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.linalg.qr(y @ y)[0], x) + spent)(jnp.eye(64))
+        time.sleep(0.05)
+    spent = time.perf_counter() - spent
+    assert 0.05 <= watch.seconds < spent - 0.02
+    with watch.running():
+        time.sleep(0.05)
+    assert watch.seconds >= 0.1

@@ -245,11 +245,12 @@ def reward_without(overdue, rollouts: Rollouts, vectors: np.ndarray, name: str) 
 
 @pytest.mark.parametrize("name", ["dcg_scaled", "ndcg", "mrr", "margin"])
 @pytest.mark.parametrize("policy", ["round_robin", "neighbourhood", "boundary", "hybrid"])
-def test_what_is_beyond_max_age_never_ranks(policy, name):
+@pytest.mark.parametrize("carry", [False, True])
+def test_what_is_beyond_max_age_never_ranks(policy, name, carry):
     """Rewards are those of a corpus without it, and so are hard negatives, whatever the budget."""
     world, seen = World(seed=3), 0
     budget = {"dcg_scaled": 4, "ndcg": 25, "mrr": 90, "margin": 4}[name]
-    env = environment(world, policy=policy, max_age=3, budget=budget, over_retrieve=DOCUMENTS, name=name)
+    env = environment(world, policy=policy, max_age=3, budget=budget, over_retrieve=DOCUMENTS, name=name, carry=carry)
     for step in range(1, 14):
         world.move()
         rollouts = world.rollouts(noise=0.5)

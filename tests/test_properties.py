@@ -10,6 +10,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from r3jax.data.stream import stream
 from r3jax.losses import grad_cache, in_chunks, token_terms
 from r3jax.model.encoder import bucket_of, pad
 from r3jax.model.packing import joined, pack, pack_length, share_beginnings
+from r3jax.rl.algorithms import kl
 from r3jax.run.log import LEDGER, RunLog
 from r3jax.search import refresh
 
@@ -243,6 +245,22 @@ def test_gradient_caching_is_the_gradient_of_the_whole_batch(chunks, seed):
         *map(jax.tree.leaves, (cached(params, batch, chunks), uncached(params, batch))), strict=True
     ):
         np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
+
+
+# --- the KL penalty
+
+LOG_PROB = st.floats(-30, 0, width=32)
+
+
+@given(st.lists(st.tuples(LOG_PROB, LOG_PROB, st.booleans()), min_size=1, max_size=8))
+def test_k3_is_never_negative_and_pulls_towards_the_reference(tokens):
+    logp, ref, mask = (np.array([column], np.float32) for column in zip(*tokens, strict=True))
+    penalty, pull = jax.value_and_grad(lambda x: kl(x, ref, "k3", mask).sum())(logp)
+    values = np.asarray(kl(logp, ref, "k3", mask))
+    assert (values >= 0).all() and float(penalty) == pytest.approx(values.sum(), rel=1e-5)
+    assert (values[mask == 0] == 0).all() and (np.asarray(pull)[mask == 0] == 0).all()
+    # Its slope has the sign of the gap: a step down brings the policy back to the reference.
+    assert (np.sign(pull) * np.sign(logp - ref) >= 0).all()
 
 
 # --- refresh decisions

@@ -146,6 +146,30 @@ def test_the_page_draws_what_a_run_logs(finished):
     assert {key for plot in curves._CHOSEN for key in plot.keys} & logged == set()  # test_rl.py has these
 
 
+HEALTH = {
+    "reward": ("mean", "std", "retrieval", "retrieval_std", "format", "format_std", "length", "length_std"),
+    "policy": ("flat_groups", "kl", "entropy", "clip_low", "clip_high", "logp_gap", "ratio"),
+    "completion": ("length_mean", "length_min", "length_max", "cut", "token_rate"),
+    "time": ("rollout", "encode", "search", "reward", "update", "step"),
+    "index": ("reencoded", "share", "age_mean", "age_max", "probe_drift", "probe_recall", "rebuilds"),
+}
+
+
+def test_each_step_of_stage_2_tells_its_health(finished):
+    """Every signal is a finite number at every step, and those that belong together agree."""
+    rows = [r for r in lines(finished[0] / "metrics.jsonl") if r["stage"] == "rl" and "time/step" in r]
+    assert rows
+    for r in rows:
+        for name in ("grad_norm", "tokens_per_second", *(f"{a}/{b}" for a, names in HEALTH.items() for b in names)):
+            assert np.isfinite(r[name]), name
+        assert r["completion/length_min"] <= r["completion/length_mean"] <= r["completion/length_max"]
+        assert r["completion/token_rate"] + r["completion/cut"] <= 1 + 1e-6  # some end with another token
+        assert sum(r[f"time/{part}"] for part in HEALTH["time"][:-1]) <= r["time/step"]
+        assert r["policy/entropy"] > 0 and r["policy/kl"] >= 0
+    probed = [r for r in rows if "probe/reward_error" in r]
+    assert probed and all(0 <= r["probe/stale_recall"] <= 1 for r in probed)
+
+
 def test_a_changed_data_set_is_refused(finished, tmp_path):
     folder = shutil.copytree(finished[0].parent, tmp_path / "copy")
     corpus = folder / "data" / "corpus.jsonl"

@@ -7,11 +7,13 @@ query itself as the thought). `averaged` spends more on thinking: the mean of th
 thought N tokens at most; where it has not ended by then, the direct answer follows.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from r3jax.data.beir import Dataset
@@ -24,6 +26,7 @@ from r3jax.search.sharded import Index
 DEPTH = 100  # documents returned per query
 MODEL_CONDITIONS = ("direct", "reasoning", "averaged", "empty", "shuffled", "copied")
 BUDGET = "budget_"
+COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,30 @@ class Measured:
     emitted: np.ndarray | None = None  # [Q] bool; whether the thought ended in time
 
 
+@dataclasses.dataclass
+class Stopwatch:
+    """Seconds of work: XLA's compilations, which only the first queries of a process wait for, are left out."""
+
+    seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Adds the time spent inside."""
+        compiled = 0.0
+
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            nonlocal compiled
+            compiled += duration_secs if event == COMPILATION else 0.0
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+            self.seconds += time.perf_counter() - start - compiled
+
+
 def queries_of(dataset: Dataset, split: str) -> tuple[list[str], list[str]]:
     """Ids and texts of a split's queries that have a relevant document."""
     ids = list(dataset.positives(split))
@@ -47,9 +74,10 @@ def bm25(dataset: Dataset, split: str, searcher: BM25 | None = None) -> Measured
     """The lexical baseline."""
     ids, texts = queries_of(dataset, split)
     searcher = searcher or BM25(dataset.doc_ids, dataset.doc_texts)
-    start = time.perf_counter()
-    rows, scores = searcher.search(texts, min(DEPTH, len(dataset.doc_ids)))
-    return _measure(dataset, split, ids, rows, scores, time.perf_counter() - start)
+    watch = Stopwatch()
+    with watch.running():
+        rows, scores = searcher.search(texts, min(DEPTH, len(dataset.doc_ids)))
+    return _measure(dataset, split, ids, rows, scores, watch.seconds)
 
 
 def evaluate(
@@ -62,20 +90,18 @@ def evaluate(
 ) -> dict[str, Measured]:
     """The model's conditions on one split, searched exactly in `index` (this model's document vectors)."""
     ids, texts = queries_of(dataset, split)
-    found, reasoned, thinking = {}, None, 0.0
+    found, reasoned, thought = {}, None, Stopwatch()
     if set(conditions) & {"reasoning", "shuffled"}:
-        start = time.perf_counter()
-        with progress(f"{split}: thinking", len(texts)) as on_rows:
+        with progress(f"{split}: thinking", len(texts)) as on_rows, thought.running():
             reasoned = reader.reason(params, texts, on_rows=on_rows)
-        thinking = time.perf_counter() - start
     for name in conditions:
-        start = time.perf_counter()
-        seconds, own = 0.0, None
-        with progress(f"{split}: {name}", len(texts)) as on_rows:
+        watch, own = Stopwatch(), None
+        with progress(f"{split}: {name}", len(texts)) as on_rows, watch.running():
             if name == "direct":
                 vectors = reader.direct(params, texts, on_rows)
             elif name == "reasoning":
-                own, seconds = reasoned, thinking
+                own = reasoned
+                watch.seconds += thought.seconds
             elif name == "averaged":
                 own = reader.reason(params, texts, reader.thoughts, on_rows)
             elif name.startswith(BUDGET):
@@ -92,9 +118,8 @@ def evaluate(
                 vectors = reader.with_thoughts(params, texts, copies, on_rows)
             else:
                 raise ValueError(f"conditions must be among {', '.join(MODEL_CONDITIONS)}, not {name!r}")
-        rows, scores = index.search(vectors if own is None else own.vectors, min(DEPTH, len(index)))
-        seconds += time.perf_counter() - start
-        measured = _measure(dataset, split, ids, rows, scores, seconds)
+            rows, scores = index.search(vectors if own is None else own.vectors, min(DEPTH, len(index)))
+        measured = _measure(dataset, split, ids, rows, scores, watch.seconds)
         if own is not None:
             measured.summary["thought_tokens"] = float(own.tokens.mean())
             measured.summary["token_rate"] = float(own.emitted.mean())

@@ -220,6 +220,11 @@ RULES: list[Rule] = [
     *one_of("rl.advantage", *ADVANTAGES),
     *one_of("rl.ratio", *RATIOS),
     *one_of("rl.normalise", *NORMALISERS),
+    Rule(
+        ("rl.ratio", "rl.normalise"),
+        lambda ratio, normalise: ratio != "sequence" or normalise == "sequence",
+        "is sequence, but rl.normalise is {1}, which weighs a rollout by its length; set rl.normalise=sequence",
+    ),
     *one_of("rl.kl", *KLS),
     *above(0, "rl.clip_low", "rl.clip_high"),
     Rule(("rl.clip_low",), lambda v: v < 1, "must be below 1, not {0}"),

@@ -64,6 +64,7 @@ _TRAIN = [
     ("--config.rl.reward.name=accuracy", "config.rl.reward.name must be one of dcg_scaled, ndcg,"),
     ("--config.rl.advantage=gpro", "config.rl.advantage must be one of grpo, dr_grpo, rloo, not 'gpro'"),
     ("--config.rl.kl=k1", "config.rl.kl must be one of none, k2, k3, not 'k1'"),
+    ("--config.rl.ratio=sequence", "config.rl.ratio is sequence, but rl.normalise is token, which weighs"),
     ("--config.index.policy=newest", "config.index.policy must be one of none, round_robin,"),
     ("--config.index.kind=faiss", "config.index.kind must be one of exact, scann, not 'faiss'"),
     ("--config.model.remat=some", "config.model.remat must be one of none, dots, full, not 'some'"),
