@@ -21,9 +21,9 @@ class Axis:
 AXES = {
     # The head's width stays, and with it the number of query heads per key head.
     "size": Axis(
-        "model size", "model.width", ("model.width", "model.ffn", "model.heads", "model.kv_heads"), (0.5, 1.0, 2.0)
+        "model size", "model.width", ("model.width", "model.ffn", "model.heads", "model.kv_heads"), (0.5, 1.0, 1.5)
     ),
-    "budget": Axis("training budget", "sft.steps", ("sft.steps", "rl.steps"), (0.25, 0.5, 1.0, 2.0)),
+    "budget": Axis("training budget", "sft.steps", ("sft.steps", "rl.steps"), (0.25, 0.5, 1.0)),
     "thought": Axis(
         "length of thought",
         "data.max_thought_tokens",
@@ -34,7 +34,7 @@ AXES = {
             "rl.reward.max_tokens",
             "rl.reward.min_tokens",
         ),
-        (0.25, 0.5, 1.0, 2.0),
+        (0.5, 1.0, 2.0),
     ),
 }
 
