@@ -5,7 +5,7 @@
     python -m r3jax.study reasoning --config=configs/rl.py [...] [--out=docs/choices.md]
 
 Stage 1 is trained once per seed, or taken from --config.init_from=RUN (one for all seeds, or one each, with commas);
-`reasoning` varies model size, training budget and length of thought, and trains it anew for all but the config's own.
+`reasoning` varies model size and training budget, and trains it anew for all but the config's own.
 Runs lie under --workdir and are shared between studies; the same command again goes on where it was stopped.
 """
 

@@ -1,4 +1,7 @@
-"""Where reasoning starts to pay: whole runs, of both stages, over model size, training budget and length of thought."""
+"""Where reasoning starts to pay: whole runs, of both stages, over model size and training budget.
+
+Over the length of the thought no run is needed: `python -m r3jax.evaluate RUN --budgets=0,2,4,8` cuts thoughts short.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,21 +24,9 @@ class Axis:
 AXES = {
     # The head's width stays, and with it the number of query heads per key head.
     "size": Axis(
-        "model size", "model.width", ("model.width", "model.ffn", "model.heads", "model.kv_heads"), (0.5, 1.0, 1.5)
+        "model size", "model.width", ("model.width", "model.ffn", "model.heads", "model.kv_heads"), (0.25, 0.5, 1.0)
     ),
     "budget": Axis("training budget", "sft.steps", ("sft.steps", "rl.steps"), (0.25, 0.5, 1.0)),
-    "thought": Axis(
-        "length of thought",
-        "data.max_thought_tokens",
-        (
-            "data.max_thought_tokens",
-            "data.thought_query_terms",
-            "data.thought_document_terms",
-            "rl.reward.max_tokens",
-            "rl.reward.min_tokens",
-        ),
-        (0.5, 1.0, 2.0),
-    ),
 }
 
 

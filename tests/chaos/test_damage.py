@@ -12,6 +12,7 @@ from tests.damage import survive
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's reads of what is damaged
 def test_a_hundred_damages_restore_no_wrong_value(tmp_path):
     parts = fixtures.parts(tmp_path)
     with jax.set_mesh(parts.mesh):
