@@ -28,7 +28,7 @@ CHOICES = {
         "An advantage also sets how much the policy's term weighs beside InfoNCE: `rloo` is `dr_grpo` times "
         "G / (G - 1) for groups of G, and `grpo` divides by the group's spread.",
     ),
-    "contrastive": Choice("rl.contrastive_weight", (0.0, 0.1, 0.3, 1.0)),
+    "contrastive": Choice("rl.contrastive_weight", (0.0, 0.3, 1.0, 3.0)),
 }
 
 
