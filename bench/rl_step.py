@@ -20,7 +20,7 @@ def ours(folder: str):
     from r3jax.data import beir
     from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
     from r3jax.search.index import VersionedIndex
-    from r3jax.stages import rl
+    from r3jax.stages import policy, rl
     from r3jax.stages.sft import Lengths
     from r3jax.stages.state import new_state, optimiser
 
@@ -67,7 +67,7 @@ def ours(folder: str):
         probe_every=0,
         seed=0,
         most_positives=1,
-        policy=rl.PolicyConfig(
+        policy=policy.PolicyConfig(
             advantage="grpo",
             normalise="token",
             ratio="token",

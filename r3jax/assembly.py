@@ -22,7 +22,7 @@ from r3jax.rl.environment import Environment, RefreshConfig, RewardConfig
 from r3jax.run import config as run_config
 from r3jax.run import fingerprint
 from r3jax.search.sharded import build as build_index
-from r3jax.stages import rl, sft
+from r3jax.stages import policy, rl, sft
 from r3jax.stages.ability import Ability
 from r3jax.stages.mining import bm25_neighbours
 from r3jax.stages.state import Stage, TrainState, abstract_state, new_state, optimiser
@@ -352,7 +352,7 @@ def _rl(p: Parts, start) -> Stage:
         refill=r.dynamic_sampling,
         mask_overlong=r.overlong == "mask",
         on_nan=r.reward.on_nan,
-        policy=rl.PolicyConfig(
+        policy=policy.PolicyConfig(
             advantage=r.advantage,
             normalise=r.normalise,
             ratio=r.ratio,

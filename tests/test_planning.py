@@ -21,8 +21,9 @@ from r3jax.errors import UserError
 from r3jax.model import sampler
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import make_mesh
-from r3jax.planning import hlo, programs, roofline, search, topologies
+from r3jax.planning import programs, roofline, search, topologies
 from r3jax.planning.compiled import _compiler, _short, compiled
+from r3jax.planning.costs import Collective, Costs, analyse
 from r3jax.planning.programs import Program
 from r3jax.run import config as run_config
 
@@ -50,7 +51,7 @@ def test_a_loop_counts_as_often_as_it_runs():
     want = 2 * DEPTH * ROWS * WIDTH * WIDTH
     loop, flat = layers(1), layers(DEPTH)
     assert loop.cost_analysis()["flops"] < want / 4 < want <= flat.cost_analysis()["flops"] < 1.1 * want
-    looped, unrolled = (hlo.analyse(program.as_text(), 1) for program in (loop, flat))
+    looped, unrolled = (analyse(program.as_text(), 1) for program in (loop, flat))
     assert looped.flops == unrolled.flops == want
     assert unrolled.bytes == flat.cost_analysis()["bytes accessed"]
     # A layer reads its own weights, not the stack.
@@ -63,7 +64,7 @@ def test_a_loop_that_only_a_run_ends():
 
     code = jax.jit(run).lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile().as_text()
     one = 2 * 16**3
-    assert [hlo.analyse(code, 1, trips).flops for trips in (0, 1, 9)] == [0, one, 9 * one]
+    assert [analyse(code, 1, trips).flops for trips in (0, 1, 9)] == [0, one, 9 * one]
 
 
 def test_a_loop_whose_length_is_not_known_is_not_passed_over(tmp_path):
@@ -153,7 +154,7 @@ def test_collectives_in_a_loop():
 
     with jax.set_mesh(mesh):
         args = abstract((DEPTH, WIDTH, WIDTH), P(None, "fsdp", None)), abstract((ROWS, WIDTH), P("data", None))
-        costs = hlo.analyse(jax.jit(run).lower(*args).compile().as_text(), 8)
+        costs = analyse(jax.jit(run).lower(*args).compile().as_text(), 8)
     assert costs.flops == 2 * DEPTH * (ROWS / 2) * WIDTH**2
     found = {(c.kind, c.group): c for c in costs.collectives}
     gather = found["all-gather", 4]
@@ -211,7 +212,7 @@ ENTRY %main (a: bf16[56,64]) -> bf16[56,64] {
 
 def test_what_the_tpu_compiler_writes():
     """No trip counts, meshes as groups, one collective in several fusions, on-chip memory in layouts."""
-    costs = hlo.analyse(TPU, 32)
+    costs = analyse(TPU, 32)
     (gather,) = costs.collectives
     assert (gather.kind, gather.group, gather.spread, gather.count) == ("all-gather", 16, 15, 24)
     assert gather.operand_bytes == 24 * 56 * 64 * 2 and gather.wire_bytes == 15 * gather.operand_bytes
@@ -236,7 +237,7 @@ def test_what_the_tpu_compiler_writes():
 def test_matrix_products(left, right, line, want):
     text = f"ENTRY %m (a: f32[1]) -> f32[1] {{\n  %a = f32[{left}]{{0}} parameter(0)\n"
     text += f"  %b = f32[{right}]{{0}} parameter(1)\n  ROOT %c = {line}\n}}\n"
-    assert hlo.analyse(text, 1).flops == 2 * want
+    assert analyse(text, 1).flops == 2 * want
 
 
 @pytest.mark.parametrize(
@@ -257,19 +258,19 @@ def test_matrix_products(left, right, line, want):
 def test_groups(text, group, spread):
     code = "ENTRY %m (a: f32[6]) -> f32[6] {\n  %a = f32[6]{0} parameter(0)\n"
     code += f"  ROOT %r = f32[6]{{0}} all-reduce(%a), channel_id=1, {text}, to_apply=%add\n}}\n"
-    (found,) = hlo.analyse(code, 8).collectives
+    (found,) = analyse(code, 8).collectives
     assert (found.group, found.spread, found.operand_bytes) == (group, spread, 24)
     assert found.wire_bytes == pytest.approx(2 * 24 * (group - 1) / group)
 
 
 def test_roofline():
     """The slowest decides; beyond a host the slower network."""
-    near, far = (hlo.Collective("all-gather", n, n - 1, 1, 1, 1e9) for n in (8, 16))
+    near, far = (Collective("all-gather", n, n - 1, 1, 1, 1e9) for n in (8, 16))
     tpu, gpu = topologies.CHIPS["v5e"], topologies.CHIPS["h100"]
-    times = roofline.times(hlo.Costs(197e12, 819e9 / 2, (near, far)), tpu)
+    times = roofline.times(Costs(197e12, 819e9 / 2, (near, far)), tpu)
     assert (times.arithmetic, times.memory, times.network) == (1, 0.5, 2e9 / 200e9)
     assert (times.limit, times.overlapped, times.added) == ("arithmetic", 1, 1.51)
-    times = roofline.times(hlo.Costs(0, 0, (near, far)), gpu)
+    times = roofline.times(Costs(0, 0, (near, far)), gpu)
     assert times.network == 1e9 / 450e9 + 1e9 / 50e9 and times.limit == "network"
     assert roofline.utilisation(98.5e12, 2, tpu) == 0.25
 

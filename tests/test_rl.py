@@ -15,6 +15,7 @@ from r3jax import assembly
 from r3jax.errors import UserError
 from r3jax.model.encoder import encode_rows
 from r3jax.rl.environment import Rollouts
+from r3jax.stages import policy as policy_step
 from r3jax.stages import rl
 from r3jax.stages import tokens as token_rows
 from tests import fixtures
@@ -110,9 +111,9 @@ def torch_loss(params, reference, batch, policy, documents) -> dict[str, torch.T
 
 
 def test_values_and_gradients_of_all_terms_equal_torch(parts, batch, monkeypatch):
-    monkeypatch.setattr(rl, "packed_states", fixtures.fake_states)
+    monkeypatch.setattr(policy_step, "packed_states", fixtures.fake_states)
     p = parts.config.rl
-    policy = rl.PolicyConfig(
+    policy = policy_step.PolicyConfig(
         advantage="grpo",
         normalise="token",
         ratio="token",
@@ -135,14 +136,14 @@ def test_values_and_gradients_of_all_terms_equal_torch(parts, batch, monkeypatch
         return {"embed": {"table": p["table"]}, "position": p["position"]}
 
     def ours(params, batch):
-        rows = rl.encode(
+        rows = policy_step.encode(
             tree(params),
             batch,
             model=parts.model,
             reference=tree(jax.tree.map(jnp.asarray, reference)),
             policy=policy,
         )
-        return rl.loss(rows, batch, policy=policy), rows
+        return policy_step.loss(rows, batch, policy=policy), rows
 
     arrays = jax.tree.map(jnp.asarray, batch)
     # Old log-probabilities near the new ones, so that some ratios are clipped and some are not.

@@ -23,7 +23,7 @@ def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
-def embed(params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"]):
+def embed(params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, " B"]):
     """Unit vectors [B, D] in fp32 of right-padded rows that end at the embed token."""
     return normalise(last_states(params, config, tokens, lengths))
 

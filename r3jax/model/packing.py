@@ -217,7 +217,7 @@ def pick(states: Float[Array, "N T D"], places: Int[Array, "B W"]) -> Float[Arra
 
 
 def last_vectors(
-    states: Float[Array, "N T D"], begins: Int[Array, "B"], lengths: Int[Array, "B"]
+    states: Float[Array, "N T D"], begins: Int[Array, " B"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B D"]:
     """Unit vectors in fp32: each row's last state."""
     return normalise(pick(states, (begins + lengths - 1)[:, None])[:, 0])

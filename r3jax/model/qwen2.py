@@ -221,7 +221,7 @@ class Attention(nn.Module):
         return y, state
 
 
-def token_at(x: Shaped[Array, "B L D"], at: Int[Array, "B"]) -> Shaped[Array, "B 1 D"]:
+def token_at(x: Shaped[Array, "B L D"], at: Int[Array, " B"]) -> Shaped[Array, "B 1 D"]:
     """One token of each row."""
     return place(jnp.take_along_axis(x, at[:, None, None], axis=1), P(BATCH, None, None))
 
@@ -304,7 +304,7 @@ class Decoder(nn.Module):
         return x, cache
 
 
-def right_padded(lengths: Int[Array, "B"], length: int) -> tuple[jax.Array, jax.Array]:
+def right_padded(lengths: Int[Array, " B"], length: int) -> tuple[jax.Array, jax.Array]:
     """Positions and valid mask, each [B, L], of right-padded rows: from lengths, never from ids."""
     index = jnp.arange(length)
     valid = index[None, :] < lengths[:, None]
@@ -313,7 +313,7 @@ def right_padded(lengths: Int[Array, "B"], length: int) -> tuple[jax.Array, jax.
 
 
 def hidden_states(
-    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], dropout: jax.Array | None = None
+    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, " B"], dropout: jax.Array | None = None
 ) -> Float[Array, "B L D"]:
     """Hidden states of right-padded rows; those past a row's length mean nothing.
 
@@ -325,7 +325,7 @@ def hidden_states(
 
 
 def last_states(
-    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, "B"]
+    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B D"]:
     """The hidden state at each right-padded row's last token: `hidden_states` there, without what nothing reads.
 

@@ -37,7 +37,7 @@ LOOK = 32  # tokens between two looks at how many rows are left
 BLOCK = 128  # tokens of the vocabulary that are drawn from together
 
 
-def draw(key: jax.Array, mass: Float[Array, "V"]) -> Int[Array, ""]:
+def draw(key: jax.Array, mass: Float[Array, " V"]) -> Int[Array, ""]:
     """A token with probability proportional to its mass, which need not sum to 1.
 
     First one of the blocks of tokens by their sums, then a token of it: two random numbers, where the Gumbel trick
@@ -49,7 +49,7 @@ def draw(key: jax.Array, mass: Float[Array, "V"]) -> Int[Array, ""]:
     return block * BLOCK + _pick(u[1], blocks[block])
 
 
-def _pick(u: jax.Array, mass: Float[Array, "n"]) -> Int[Array, ""]:
+def _pick(u: jax.Array, mass: Float[Array, " n"]) -> Int[Array, ""]:
     """The first index at which the running sum exceeds the share u of the whole; never one without mass."""
     running = jnp.cumsum(mass)
     target = jnp.minimum(u * running[-1], jnp.nextafter(running[-1], jnp.float32(0)))
@@ -59,8 +59,8 @@ def _pick(u: jax.Array, mass: Float[Array, "n"]) -> Int[Array, ""]:
 def sample(
     params,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    prompt_ids: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
+    prompt_ids: Int[Array, " B"],
     key: jax.Array,
     *,
     config: ModelConfig,
@@ -101,7 +101,7 @@ def unstacked(params, config: ModelConfig):
 
 @partial(jax.jit, static_argnames=("config", "max_new"))
 def begin(
-    params, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], *, config: ModelConfig, max_new: int
+    params, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, " B"], *, config: ModelConfig, max_new: int
 ) -> SamplingState:
     """The state after the prompts are read, for `advance`: one sample of each, of which nothing is written yet."""
     options = dict(config=config, group=1, max_new=max_new, room=max_new)

@@ -14,11 +14,11 @@ import time
 
 import jax
 
-from r3jax.planning import hlo
+from r3jax.planning.costs import Collective, Costs, analyse, less, unmeasured
 from r3jax.planning.programs import Program
 from r3jax.planning.topologies import Topology
 
-VERSION = 2  # of what is kept; a change of hlo.py that changes figures needs another
+VERSION = 2  # of what is kept; a change of hlo.py or costs.py that changes figures needs another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Compiled:
     results: float = 0
     temporaries: float = 0
     code: float = 0
-    once: hlo.Costs = hlo.Costs(0, 0, ())
-    again: hlo.Costs = hlo.Costs(0, 0, ())
+    once: Costs = Costs(0, 0, ())
+    again: Costs = Costs(0, 0, ())
     short: float = 0
     took: float = 0
     worked: float = 0
@@ -94,19 +94,19 @@ def _compiler(topology: Topology) -> str:
     return f"libtpu {importlib.metadata.version('libtpu')} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
 
 
-def _costs(code: str, chips: int, program: Program) -> tuple[hlo.Costs, hlo.Costs]:
+def _costs(code: str, chips: int, program: Program) -> tuple[Costs, Costs]:
     """(without a round of the loop whose length only a run knows, of a round); the second is empty without such a loop.
 
     Raises ValueError where another number of loops has no length in the program than the one of decoding.
     """
-    unknown, want = hlo.unmeasured(code), int(program.trips > 1)
+    unknown, want = unmeasured(code), int(program.trips > 1)
     if len(unknown) != want:
         raise ValueError(
-            f"{program.name}: {want} loop may have a length that only a run knows, not {unknown}; planning/hlo._rounds "
-            "must learn to read them."
+            f"{program.name}: {want} loop may have a length that only a run knows, not {unknown}; "
+            "planning/costs._rounds must learn to read them."
         )
-    once, with_one = (hlo.analyse(code, chips, trips) for trips in (0, 1))
-    return once, hlo.less(with_one, once)
+    once, with_one = (analyse(code, chips, trips) for trips in (0, 1))
+    return once, less(with_one, once)
 
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -134,6 +134,6 @@ def _short(message: str) -> float | None:
 def _from_json(kept: dict) -> Compiled:
     del kept["program"], kept["on"]
     for name in ("once", "again"):
-        collectives = tuple(hlo.Collective(**c) for c in kept[name].pop("collectives"))
-        kept[name] = hlo.Costs(**kept[name], collectives=collectives)
+        collectives = tuple(Collective(**c) for c in kept[name].pop("collectives"))
+        kept[name] = Costs(**kept[name], collectives=collectives)
     return Compiled(**kept)

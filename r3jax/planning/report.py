@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from r3jax.planning import hlo, roofline
+from r3jax.planning import roofline
 from r3jax.planning.compiled import Compiled
+from r3jax.planning.costs import Costs
 from r3jax.planning.programs import Program, on_one
 from r3jax.planning.topologies import GIB, Chip
 
@@ -33,7 +34,7 @@ def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: in
         return row | {"memory": held, "total": chip.memory + found.short + beside, "fits": False}
     total = sum(memory.values())
     row |= {"memory": memory, "total": total, "fits": total <= chip.memory}
-    parts: dict[str, tuple[hlo.Costs, float]] = {program.name: (found.once, 6 * program.trained + 2 * program.read)}
+    parts: dict[str, tuple[Costs, float]] = {program.name: (found.once, 6 * program.trained + 2 * program.read)}
     if program.trips > 1:
         token = 2 * program.written / program.trips
         parts = {
@@ -44,7 +45,7 @@ def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: in
     return row
 
 
-def _costs(name: str, costs: hlo.Costs, passes: float, chip: Chip, chips: int, weights: float) -> dict:
+def _costs(name: str, costs: Costs, passes: float, chip: Chip, chips: int, weights: float) -> dict:
     times = roofline.times(costs, chip)
     useful = passes * weights / chips
     return {

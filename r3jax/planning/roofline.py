@@ -6,7 +6,7 @@ or, where kernels do not reach the peaks that data sheets give, above.
 
 import dataclasses
 
-from r3jax.planning.hlo import Costs
+from r3jax.planning.costs import Costs
 from r3jax.planning.topologies import Chip
 
 
