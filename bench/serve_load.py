@@ -91,7 +91,9 @@ def main(argv: list[str]) -> int:
     command = [sys.executable, "-m", "r3jax.serve", *words, "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            address = server.stdout.readline().split()[-1]
+            if not (ready := server.stdout.readline().split()):
+                return server.wait()  # it has said why
+            address = ready[-1]
             found = asyncio.run(measure(address, pathlib.Path(words[0]).resolve().name, server, *seconds))
         finally:
             server.terminate()
