@@ -21,9 +21,10 @@ from r3jax.search.index import VersionedIndex
 from tests import two_hosts
 from tests.fixtures import ROOT, flags, write_dataset
 
-# No validation between, and one split, so that little is compiled.
+# No validation between, and one split, so that little is compiled. Fewer steps of stage 1 leave documents that move
+# less than rounding does, and rounding then chooses whom to encode anew.
 SHORT = {
-    "sft__steps": 4,
+    "sft__steps": 12,
     "rl__steps": 3,
     "checkpoint__every": 2,
     "evaluate__every": 0,
@@ -40,7 +41,8 @@ def processes_of(argv: list[str], count: int, devices: int) -> list[subprocess.P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    given = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    env = os.environ | {"XLA_FLAGS": given, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     found = []
     for rank in range(count):
@@ -79,26 +81,39 @@ def close(folder, run: str, other: str) -> None:
         if isinstance(value, str) or value is None:
             assert metrics[key] == value, key
         elif not key[2].startswith(DISCRETE):
-            np.testing.assert_allclose(metrics[key], value, rtol=2e-3, atol=2e-5, err_msg=f"{run} {key}")
+            # Adam divides a small gradient by its own size, so rounding grows with each step.
+            rtol = 1e-2 if key[2] == "grad_norm" else 2e-3
+            np.testing.assert_allclose(metrics[key], value, rtol=rtol, atol=2e-5, err_msg=f"{run} {key}")
     for key, value in results.items():
         found = np.array([scores[key], value], float)  # of 20 queries, of which one may find its document elsewhere
         np.testing.assert_allclose(*found, rtol=0, atol=0.051, err_msg=f"{run} {key}")
 
 
-@pytest.mark.slow
+def go_on(folder, began: str, run: str, count: int, devices: int) -> None:
+    """Trains to the end what `began` had at step 2 of stage 2."""
+    shutil.copytree(folder / began, folder / run)
+    shutil.rmtree(folder / run / "checkpoints" / "rl" / "3")
+    (folder / run / "results.json").unlink()
+    train(folder, count, devices, run)
+
+
 def test_two_processes_of_four_devices_train_as_one_of_eight_and_one_of_one(tmp_path):
     write_dataset(tmp_path / "data")
     for run, count, devices in (("one", 1, 1), ("eight", 1, 8), ("two-by-four", 2, 4)):
         train(tmp_path, count, devices, run)
     close(tmp_path, "eight", "one")
     close(tmp_path, "two-by-four", "one")
-    # What one began, the others finish: from the checkpoint at step 2 of stage 2, and from one in stage 1.
-    for run, began, count, devices in (("two-from-one", "one", 2, 4), ("one-from-two", "two-by-four", 1, 1)):
-        shutil.copytree(tmp_path / began, tmp_path / run)
-        shutil.rmtree(tmp_path / run / "checkpoints" / "rl" / "3")
-        (tmp_path / run / "results.json").unlink()
-        train(tmp_path, count, devices, run)
-        close(tmp_path, run, "one")
+    go_on(tmp_path, "two-by-four", "one-from-two", 1, 1)
+    close(tmp_path, "one-from-two", "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), ((1, 8), (2, 4)))
+def test_what_one_process_began_more_devices_finish(tmp_path, count, devices):
+    write_dataset(tmp_path / "data")
+    train(tmp_path, 1, 1, "one")
+    go_on(tmp_path, "one", "more", count, devices)
+    close(tmp_path, "more", "one")
 
 
 def test_two_processes_share_an_index_and_checkpoints_with_one(tmp_path):
