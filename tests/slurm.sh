@@ -41,15 +41,18 @@ SelectType=select/cons_tres
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=90
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=17818 CPUs=1
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17819 CPUs=1
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=90
+PartitionName=urgent Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=2 PreemptMode=OFF
 CONF
   export SLURM_CONF=$folder/slurm.conf
   slurmctld -c
   for node in n1 n2; do slurmd -c -N "$node"; done
   for _ in $(seq 100); do
-    [ "$(sinfo --noheader --Node --format=%t 2>/dev/null | grep -c idle)" != 2 ] || exit 0
+    [ "$(sinfo --noheader --Node --partition=all --format=%t 2>/dev/null | grep -c idle)" != 2 ] || exit 0
     sleep 0.2
   done
   sinfo >&2

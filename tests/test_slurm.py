@@ -64,7 +64,8 @@ def test_a_preempted_job_saves_requeues_and_comes_to_the_same_end(tmp_path, slur
 
     job = submit("preempted")
     wait_for(lambda: len(lines(tmp_path / "preempted")) >= 2, job)
-    said("scancel", "--signal=TERM", job)  # as Slurm does before it preempts
+    urgent = ["--parsable", "--partition=urgent", f"--output={tmp_path / 'urgent.out'}", "--wrap=sleep 1"]
+    said("sbatch", *urgent)  # wants one of the two nodes: the job must leave within its partition's GraceTime
     wait_for(lambda: (tmp_path / "preempted" / "results.json").exists(), job)
     (saved,) = [p.name for p in (tmp_path / "preempted" / "checkpoints" / "sft").iterdir() if p.name != str(STEPS)]
     assert 2 <= int(saved) < STEPS

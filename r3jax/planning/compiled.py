@@ -114,7 +114,7 @@ SIZE = r"([\d.]+)([KMGT]?)"
 
 
 def _short(message: str) -> float | None:
-    """Bytes that were missing, from either of the compiler's messages; None if it complains of something else."""
+    """Bytes that were missing, from any of the compiler's messages; None if it complains of something else."""
 
     def sizes(pattern: str) -> list[float]:
         found = re.search(pattern, message, re.IGNORECASE)
@@ -128,6 +128,9 @@ def _short(message: str) -> float | None:
     ):
         dense, sparse, there = used
         return dense + sparse - there
+    # Temporaries alone are too large, so it has not counted the arguments: at least so many.
+    if over := sizes(rf"total memory required for HLO temporaries \({SIZE}\) exceeds available HBM \({SIZE}\)"):
+        return over[0] - over[1]
     return None
 
 
