@@ -165,6 +165,7 @@ def _fitting(name: str, config: ConfigDict, mesh, there: _There, plan: dict[str,
     if f"{name}.chunks" not in there.given:
         least = _least_chunks(name, config, there.topology, mesh)
         counts = [n for n in range(least, per_chip + 1) if per_chip % n == 0]
+    before = float("inf")
     for count in counts[: search.TRIALS]:
         config[name].chunks = plan["chunks"][name] = count
         (row,) = _rows(name, config, mesh, there)
@@ -172,6 +173,9 @@ def _fitting(name: str, config: ConfigDict, mesh, there: _There, plan: dict[str,
             break
         miss = f"{name} in {count} chunks, mesh {tuple(mesh.shape.values())}: {report.verdict(row)}"
         plan["tried"].append(f"{miss}; compiled in {row['compiling'][0]:.0f} s")
+        if row["total"] >= before:
+            break  # what does not fit is not the rows
+        before = row["total"]
     plan["flags"].append(f"--config.{name}.chunks={count}")
     yield row
 

@@ -316,7 +316,9 @@ def test_no_memory_is_told_from_other_complaints():
     assert _short("INTERNAL: something else") is None
     said = "RESOURCE_EXHAUSTED: TPU TensorCore Hbm usage: 34.82G, SparseCore Hbm usage 174.10G, exceeding available "
     assert _short(said + "bytes: 95.74G") == pytest.approx((34.82 + 174.10 - 95.74) * 2**30)
-    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.64G) exceeds "
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.64G) exceeds "
+    )
     assert _short(said + "available HBM (15.75G).") == pytest.approx((18.64 - 15.75) * 2**30)
 
 

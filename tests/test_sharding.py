@@ -1,5 +1,6 @@
 """Meshes: what they refuse, that 4x2 computes what 1x1 does, and that the big models type-check on one."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -12,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from configs.base import QWEN2_5
 from r3jax.errors import UserError
+from r3jax.model import lora, sampler
 from r3jax.model import params as model_params
-from r3jax.model import sampler
 from r3jax.model.encoder import embed
-from r3jax.model.qwen2 import ModelConfig, hidden_states, logits
+from r3jax.model.qwen2 import KVCache, Lora, ModelConfig, decode_step, hidden_states, logits
 from r3jax.model.sampler import sample
 from r3jax.model.sharding import (
     AXES,
@@ -115,13 +116,15 @@ def test_eight_devices_compute_what_one_does():
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), result, results[0])
 
 
-def test_eight_devices_sample_what_one_does(monkeypatch):
+# 32 rows at the beginning are more than the width, 16, and 4 times 2 are fewer: then they go to the weights.
+@pytest.mark.parametrize(("group", "tied"), [(8, False), (2, False), (2, True)])
+def test_eight_devices_sample_what_one_does(monkeypatch, group, tied):
     monkeypatch.setattr(sampler, "LOOK", 2)  # so that rows leave, on each device as many
-    config = sizes(vocab=12, tied=False)
+    config = sizes(vocab=12, tied=tied)
     host = jax.device_get(weights(config))
     prompts, lengths = padded(np.random.default_rng(0), [7, 2, 5, 4], 7, config.vocab)
     results = []
-    for shape in ((1, 1, 1), (1, 4, 2)):
+    for shape in ((1, 1, 1), (1, 4, 2), (2, 2, 2)):
         mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
         with jax.set_mesh(mesh):
             done = sample(
@@ -129,18 +132,53 @@ def test_eight_devices_sample_what_one_does(monkeypatch):
                 *put_batch(mesh, (prompts, lengths, np.arange(4, dtype=np.int32))),
                 jax.random.key(0),
                 config=config,
-                group=8,
+                group=group,
                 max_new=12,
                 temperature=1.0,
                 embed_id=7,
                 stop_ids=(3,),
             )
         results.append(jax.device_get(done))
-    one, eight = results
-    np.testing.assert_array_equal(eight.tokens, one.tokens)
-    np.testing.assert_array_equal(eight.mask, one.mask)
-    np.testing.assert_allclose(eight.logp, one.logp, atol=1e-5)
-    np.testing.assert_allclose(eight.embedding, one.embedding, atol=1e-4)
+    one, *others = results
+    for eight in others:
+        np.testing.assert_array_equal(eight.tokens, one.tokens)
+        np.testing.assert_array_equal(eight.mask, one.mask)
+        np.testing.assert_allclose(eight.logp, one.logp, atol=1e-5)
+        np.testing.assert_allclose(eight.embedding, one.embedding, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_few_rows_go_to_the_weights(adapted):
+    """No weight is gathered for a decoding step of few rows, and each is for one of many; both compute the same."""
+    config = sizes(layers=1, width=64, ffn=96, vocab=40, tied=False)
+    mesh, adapter = make_mesh(2, 2, 2), Lora(2, 4.0, 0.0, ("q", "o", "gate", "down"), 7)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jax.device_get(weights(config)), model_params.shardings(config, mesh))
+        if adapted:
+            config = dataclasses.replace(config, lora=adapter)
+            added = jax.tree.map(lambda x: x + 0.1, lora.init(params, config, mesh, 0))
+            params = lora.join(params, added)
+        params = sampler.unstacked(params, config)
+        found = {}
+        for rows in (8, 256):
+            shape = (rows // 2, 2)
+            tokens = (np.arange(rows, dtype=np.int32) % 8).reshape(shape)
+            args = put_batch(mesh, (tokens, tokens, np.ones((shape[0], 4), bool)))
+
+            def step(params, tokens, positions, valid, config=config):
+                prompt, new = jnp.ones((len(tokens), 2, 4, 8)), jnp.ones((*tokens.shape, 2, 4, 8))
+                prompt, new = place(prompt, P(BATCH, "tensor")), place(new, P(BATCH, None, "tensor"))
+                cache = KVCache((prompt,), (prompt,), valid, (new,), (new,))
+                hidden, cache = decode_step(params, config, tokens, positions, cache, 0)
+                return logits(params, config, hidden), cache.new_k
+
+            done = jax.jit(step).lower(params, *args).compile()
+            gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", done.as_text())
+            largest = max((np.prod([int(n) for n in shape.split(",")]) for shape in gathered), default=0)
+            assert (largest < 64 * 32) == (rows == 8), (rows, gathered)
+            found[rows] = jax.device_get(done(params, *args))
+    few, many = found[8], found[256]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[: len(a)], atol=2e-5), few, many)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from r3jax.model.attention import attend, masked_softmax, visible
 from r3jax.model.rope import rope
-from r3jax.model.sharding import BATCH, out, place, used
+from r3jax.model.sharding import BATCH, few, out, place, used, where
 
 REMAT = {
     "none": None,
@@ -121,7 +121,7 @@ class KVCache:
 
 
 class Linear(nn.Module):
-    """A projection [B, L, *inputs] -> [B, L, *outputs] with a sharded weight, gathered over fsdp for use.
+    """A projection [B, L, *inputs] -> [B, L, *outputs] with a sharded weight, used as `sharding.where` says.
 
     It multiplies plain matrices: on CPU the gradient of an einsum over [B, L, ...] takes three times as long.
     Where the weights hold an adapter (lora_a, lora_b beside the kernel) it is on: to switch it off, leave it out.
@@ -132,37 +132,43 @@ class Linear(nn.Module):
     axes: tuple[str | None, ...]  # logical axes of the kernel, [*inputs, *outputs]
     config: ModelConfig
     bias: bool = False
+    gathered: bool = True
 
     @nn.compact
     def __call__(self, x):
-        c, axes = self.config, used(self.axes)
+        c = self.config
+        axes, rows = where(self.axes, self.gathered)
         left, right = math.prod(self.inputs), math.prod(self.outputs)
         shape = (*self.inputs, *self.outputs)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, c.param_dtype)
         kernel = place(kernel.astype(c.compute_dtype), axes)
         row, column = axes[0], axes[len(self.inputs)]
         kernel = jnp.reshape(kernel, (left, right), out_sharding=out(P(row, column)))
-        flat = jnp.reshape(x, (-1, left), out_sharding=out(P(BATCH, row)))
-        y = jnp.einsum("nd,df->nf", flat, kernel, out_sharding=out(P(BATCH, column)))
+        flat = jnp.reshape(x, (-1, left), out_sharding=out(P(BATCH, used(self.axes)[0])))
+        flat = place(flat, P(rows, row))
+        # Where the sum goes over `fsdp`, each device gets that of its own rows.
+        back = BATCH if row == "fsdp" else rows
+        y = jnp.einsum("nd,df->nf", flat, kernel, out_sharding=out(P(back, column)))
         if self.has_variable("params", "lora_a"):
-            y = y + self._adapted(flat, row, column)
+            y = y + self._adapted(flat, row, column, rows, back)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs, c.param_dtype)
             bias = place(bias.astype(c.compute_dtype), P(*axes[len(self.inputs) :]))
             y = y + jnp.reshape(bias, (right,), out_sharding=out(P(column)))
-        spec = P(BATCH, None, *axes[len(self.inputs) :])
-        return jnp.reshape(y, (*x.shape[:2], *self.outputs), out_sharding=out(spec))
+        column = used(self.axes)[len(self.inputs)]
+        spec = P(BATCH, None, *used(self.axes)[len(self.inputs) :])
+        return jnp.reshape(place(y, P(BATCH, column)), (*x.shape[:2], *self.outputs), out_sharding=out(spec))
 
-    def _adapted(self, flat, row, column):
+    def _adapted(self, flat, row, column, rows, back):
         """(alpha / rank) x A B [n, outputs]; A is split as the kernel's inputs are, B as its outputs."""
         c, adapter = self.config, self.config.lora
         a, b = (self.get_variable("params", name).astype(c.compute_dtype) for name in ("lora_a", "lora_b"))
         if adapter.dropout and self.has_rng("dropout"):
-            draw = jax.random.uniform(self.make_rng("dropout"), flat.shape, out_sharding=out(P(BATCH, row)))
+            draw = jax.random.uniform(self.make_rng("dropout"), flat.shape, out_sharding=out(P(rows, row)))
             flat = jnp.where(draw < adapter.dropout, 0, flat / (1 - adapter.dropout)).astype(flat.dtype)
-        low = jnp.einsum("nd,dr->nr", flat, place(a, P(row, None)), out_sharding=out(P(BATCH, None)))
+        low = jnp.einsum("nd,dr->nr", flat, place(a, P(row, None)), out_sharding=out(P(back, None)))
         b = place(b, P(None, column))
-        return adapter.scale * jnp.einsum("nr,rf->nf", low, b, out_sharding=out(P(BATCH, column)))
+        return adapter.scale * jnp.einsum("nr,rf->nf", low, b, out_sharding=out(P(back, column)))
 
 
 class RMSNorm(nn.Module):
@@ -180,6 +186,7 @@ class RMSNorm(nn.Module):
 
 class Attention(nn.Module):
     config: ModelConfig
+    gathered: bool = True
 
     @nn.compact
     def __call__(self, x, positions, seen, memory=None, slot=None, at=None):
@@ -192,7 +199,7 @@ class Attention(nn.Module):
         """
         c = self.config
         k, m, h = c.kv_heads, c.queries_per_kv, c.head_dim
-        linear = partial(Linear, config=c, bias=True)
+        linear = partial(Linear, config=c, bias=True, gathered=self.gathered)
         asking, places = (x, positions) if at is None else (token_at(x, at), token_at(positions[..., None], at)[..., 0])
         q = linear((c.width,), (k, m, h), ("embed", "kv_heads", None, None), name="q")(asking)
         keys = linear((c.width,), (k, h), ("embed", "kv_heads", None), name="k")(x)
@@ -217,7 +224,8 @@ class Attention(nn.Module):
             mixed = jnp.einsum("bgkmp,bkph->bgkmh", weights[..., :size], prompt_v)
             mixed += jnp.einsum("bgkmt,bgkth->bgkmh", weights[..., size:], new_v)
             state = (new_k, new_v)
-        y = Linear((k, m, h), (c.width,), ("kv_heads", None, None, "embed"), c, name="o")(mixed)
+        axes = ("kv_heads", None, None, "embed")
+        y = Linear((k, m, h), (c.width,), axes, c, gathered=self.gathered, name="o")(mixed)
         return y, state
 
 
@@ -228,39 +236,45 @@ def token_at(x: Shaped[Array, "B L D"], at: Int[Array, " B"]) -> Shaped[Array, "
 
 class MLP(nn.Module):
     config: ModelConfig
+    gathered: bool = True
 
     @nn.compact
     def __call__(self, x):
         c = self.config
-        gate = Linear((c.width,), (c.ffn,), ("embed", "ffn"), c, name="gate")(x)
-        up = Linear((c.width,), (c.ffn,), ("embed", "ffn"), c, name="up")(x)
-        return Linear((c.ffn,), (c.width,), ("ffn", "embed"), c, name="down")(nn.silu(gate) * up)
+        linear = partial(Linear, config=c, gathered=self.gathered)
+        gate = linear((c.width,), (c.ffn,), ("embed", "ffn"), name="gate")(x)
+        up = linear((c.width,), (c.ffn,), ("embed", "ffn"), name="up")(x)
+        return linear((c.ffn,), (c.width,), ("ffn", "embed"), name="down")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
     config: ModelConfig
+    gathered: bool = True
 
     @nn.compact
     def __call__(self, x, positions, seen, memory=None, slot=None, at=None):
         c = self.config
-        mixed, state = Attention(c, name="attn")(RMSNorm(c, name="attn_norm")(x), positions, seen, memory, slot, at)
+        attention, mlp = Attention(c, self.gathered, name="attn"), MLP(c, self.gathered, name="mlp")
+        mixed, state = attention(RMSNorm(c, name="attn_norm")(x), positions, seen, memory, slot, at)
         x = (x if at is None else token_at(x, at)) + mixed
-        x = x + MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
+        x = x + mlp(RMSNorm(c, name="mlp_norm")(x))
         return x, state
 
 
 class Embed(nn.Module):
     config: ModelConfig
+    gathered: bool = True
 
     @nn.compact
     def __call__(self, tokens):
         c = self.config
+        axes, rows = where(("vocab", "embed"), self.gathered)
         table = self.param("table", nn.initializers.normal(0.02), (c.vocab, c.width), c.param_dtype)
-        table = place(table.astype(c.compute_dtype), used(("vocab", "embed")))
-        x = table.at[tokens].get(out_sharding=out(P(BATCH, None, None)))
+        table, tokens = place(table.astype(c.compute_dtype), axes), place(tokens, P(rows, None))
+        x = place(table.at[tokens].get(out_sharding=out(P(rows, None, axes[1]))), P(BATCH, None, None))
         if self.has_variable("params", "token_row"):
             row = place(self.get_variable("params", "token_row").astype(c.compute_dtype), P(None))
-            x = jnp.where((tokens == c.lora.token)[..., None], row, x)
+            x = jnp.where((place(tokens, P(BATCH, None)) == c.lora.token)[..., None], row, x)
         return x
 
 
@@ -345,22 +359,26 @@ def last_states(
     return x[:, 0]
 
 
-def unembedding(params, config: ModelConfig) -> Float[Array, "V D"]:
-    """The table that turns hidden states into logits, gathered for use."""
+def unembedding(params, config: ModelConfig, gathered: bool = True) -> Float[Array, "V D"]:
+    """The table that turns hidden states into logits, where it is used."""
     table = params["embed" if config.tied else "unembed"]["table"]
-    return place(table.astype(config.compute_dtype), used(("vocab", "embed")))
+    return place(table.astype(config.compute_dtype), where(("vocab", "embed"), gathered)[0])
 
 
-def head(params, config: ModelConfig) -> Callable[[Float[Array, "... D"]], Float[Array, "... V"]]:
+def head(
+    params, config: ModelConfig, gathered: bool = True
+) -> Callable[[Float[Array, "... D"]], Float[Array, "... V"]]:
     """The function from hidden states to logits in fp32; the vocabulary stays split over `tensor`."""
-    table = unembedding(params, config)
+    table = unembedding(params, config, gathered)
+    axes, rows = where(("vocab", "embed"), gathered)
     # An adapter's row gives one logit: a table with the row put into it would cost a gradient of [V, D].
     row = params["embed" if config.tied else "unembed"].get("token_row")
 
     def of(hidden):
         spec = P(BATCH, *([None] * (hidden.ndim - 2)))
         dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        z = dot("...d,vd->...v", hidden, table, out_sharding=out(P(*spec, "tensor")))
+        met = place(hidden, P(rows, *spec[1:], axes[1]))
+        z = dot("...d,vd->...v", met, table, out_sharding=out(P(*spec, "tensor")))
         if row is None:
             return z
         own = dot("...d,d->...", hidden, place(row.astype(config.compute_dtype), P(None)), out_sharding=out(spec))
@@ -370,9 +388,9 @@ def head(params, config: ModelConfig) -> Callable[[Float[Array, "... D"]], Float
     return of
 
 
-def logits(params, config: ModelConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Logits in fp32 of hidden states, as `head` computes them."""
-    return head(params, config)(hidden)
+def logits(params, config: ModelConfig, hidden: Float[Array, "B G D"]) -> Float[Array, "B G V"]:
+    """Logits in fp32 of a decoding step's hidden states, as `head` computes them."""
+    return head(params, config, not few(hidden.shape[0] * hidden.shape[1], config.width))(hidden)
 
 
 def unstack(params, config: ModelConfig) -> dict:
@@ -385,11 +403,12 @@ def decode_step(
     params, config: ModelConfig, tokens: Int[Array, "B G"], positions: Int[Array, "B G"], cache: KVCache, slot
 ) -> tuple[Float[Array, "B G D"], KVCache]:
     """One new token for each sample, written to `slot` of the cache. `params` as `unstack` returns them."""
-    x: Any = Embed(config).apply({"params": params["embed"]}, tokens)
+    gathered = not few(tokens.size, config.width)
+    x: Any = Embed(config, gathered).apply({"params": params["embed"]}, tokens)
     new = []
     for i, layer in enumerate(params["layers"]):
         memory = (cache.prompt_k[i], cache.prompt_v[i], cache.prompt_valid, cache.new_k[i], cache.new_v[i])
-        x, kv = Block(config).apply({"params": layer}, x, positions, None, memory, slot)
+        x, kv = Block(config, gathered).apply({"params": layer}, x, positions, None, memory, slot)
         new.append(kv)
     x = RMSNorm(config).apply({"params": params["final_norm"]}, x)
     new_k, new_v = zip(*new, strict=True)

@@ -54,6 +54,23 @@ def used(axes: tuple[str | None, ...]) -> P:
     return P(*(m if m != "fsdp" else None for m in stored(axes)))
 
 
+def where(axes: tuple[str | None, ...], gathered: bool) -> tuple[P, str | tuple[str, ...]]:
+    """Where a weight lies while a layer uses it, and over what the rows are split that meet it there.
+
+    Gathered over `fsdp` (`used`), the rows stay where they are: right for a step, which has many. A decoding step has
+    few: there the weight stays as it is stored and the rows come to it, split over `data` alone, each device with its
+    part of their width; the products' sums go back to the rows' own devices. What moves is then rows times widths, not
+    weights (Pope et al., arXiv 2211.05102, section 3.2).
+    """
+    return (used(axes), BATCH) if gathered else (stored(axes), "data")
+
+
+def few(rows: int, width: int) -> bool:
+    """Whether so many rows, of all devices, are cheaper to send to the weights than weights of this width to them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1 and rows // mesh.shape["data"] < width
+
+
 def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 

@@ -18,7 +18,7 @@ from r3jax.planning.costs import Collective, Costs, analyse, less, unmeasured
 from r3jax.planning.programs import Program
 from r3jax.planning.topologies import Topology
 
-VERSION = 2  # of what is kept; a change of hlo.py or costs.py that changes figures needs another
+VERSION = 3  # of what is kept; a change of hlo.py or costs.py that changes figures needs another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Compiled:
     """What the compiler says of one device.
 
     Attributes:
-      arguments, results, temporaries, code: bytes of HBM; results without those that take an argument's place.
+      arguments, results, temporaries, code: bytes of HBM; results without those that take an argument's place,
+        temporaries at the fullest moment (for graphics processors: all, an upper bound).
       once, again: costs without a round of the loop whose length only a run knows, and those of a round.
       short: bytes beyond the memory, where the compiler refused; the others are then 0.
       took, worked: seconds that the compilation took, and of processors; 0 where that was not measured.
@@ -69,10 +70,16 @@ def compiled(program: Program, topology: Topology, mesh: jax.sharding.Mesh, cach
     else:
         memory, code = done.memory_analysis(), done.as_text()
         once, again = _costs(code, topology.chips, program)
+        arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporaries = memory.temp_size_in_bytes
+        if topology.is_tpu:
+            # Of these not all lie in memory at a time: the compiler accepts programs whose sum is gigabytes too much,
+            # and refuses by the peak.
+            temporaries = memory.peak_memory_in_bytes - arguments - results
         result = Compiled(
-            arguments=memory.argument_size_in_bytes,
-            results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            temporaries=memory.temp_size_in_bytes,
+            arguments=arguments,
+            results=results,
+            temporaries=temporaries,
             code=memory.generated_code_size_in_bytes,
             once=once,
             again=again,
