@@ -1,4 +1,4 @@
-"""A corpus of a million documents, end to end by the program itself: python -m bench.million [--documents=N] [--processes=P]
+"""A million documents, end to end by the program itself: python -m bench.million [--documents=N] [--processes=P]
 
 The bundled commands, each with a number of its own so often that there are N, in a model of random weights and the
 default run's size: `launch/local.sh P encode`, `r3jax index build`, then 256 queries in the index and, exactly, in the
