@@ -219,6 +219,31 @@ def test_what_the_tpu_compiler_writes():
     assert costs.bytes == pytest.approx(24 * 896 * 64 * 2, rel=0.01)  # the gathered whole is written once a round
 
 
+SCATTER = """HloModule jit_g, is_scheduled=true
+
+%all-reduce-scatter (input: bf16[256,8192]) -> bf16[64,8192] {
+  %input = bf16[256,8192]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-reduce.2 = bf16[256,8192]{1,0} all-reduce(%input), channel_id=3, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %first = s32[]{:T(128)} constant(0)
+  ROOT %part = bf16[64,8192]{1,0} dynamic-slice(%all-reduce.2, %first, %first), dynamic_slice_sizes={64,8192}
+}
+
+ENTRY %main (a: bf16[256,8192]) -> bf16[64,8192] {
+  %a = bf16[256,8192]{1,0} parameter(0)
+  ROOT %fusion = bf16[64,8192]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "kind", "sent"), [(64, "reduce-scatter", 0.75), (128, "all-reduce", 1.5), (256, "all-reduce", 1.5)]
+)
+def test_a_reduce_scatter_is_written_as_an_all_reduce_of_which_a_part_is_kept(kept, kind, sent):
+    (found,) = analyse(SCATTER.replace("64,8192", f"{kept},8192"), 8).collectives
+    whole = 256 * 8192 * 2
+    assert (found.kind, found.operand_bytes, found.wire_bytes) == (kind, whole, sent * whole)
+
+
 @pytest.mark.parametrize(
     ("left", "right", "line", "want"),
     [

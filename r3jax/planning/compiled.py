@@ -18,7 +18,7 @@ from r3jax.planning.costs import Collective, Costs, analyse, less, unmeasured
 from r3jax.planning.programs import Program
 from r3jax.planning.topologies import Topology
 
-VERSION = 3  # of what is kept; a change of hlo.py or costs.py that changes figures needs another
+VERSION = 4  # of what is kept; a change of hlo.py or costs.py that changes figures needs another
 
 
 @dataclasses.dataclass(frozen=True)

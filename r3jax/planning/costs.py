@@ -67,7 +67,7 @@ def analyse(text: str, devices: int, trips: int = 1) -> Costs:
     fused = {name for ops in module.values() for op in ops if op.code == "fusion" for name in op.called}
     flops = traffic = 0.0
     found: dict[tuple[str, int, int], list[float]] = {}
-    channels: set[str | None] = set()
+    seen: set[tuple[str, str]] = set()
     for name, often in times.items():
         ops = {op.name: op for op in module[name]}
         for op in ops.values():
@@ -77,10 +77,14 @@ def analyse(text: str, devices: int, trips: int = 1) -> Costs:
             kind = op.code.removesuffix("-start")
             channel = re.search(r"channel_id=(\d+)", op.attributes)
             # The TPU compiler spreads one over several fusions, which all name it: what runs meanwhile, and its end.
-            if kind in COLLECTIVES and not (channel and channel[1] in channels):
-                channels.add(channel[1] if channel else None)
+            # Those that it adds itself are numbered anew, by kind.
+            if kind in COLLECTIVES and not (channel and (kind, channel[1]) in seen):
+                if channel:
+                    seen.add((kind, channel[1]))
                 size = sum(s.bytes for o in op.operands if o in ops for s in ops[o].shapes)
                 group, spread = _group(op, devices)
+                if name in fused and _scatters(op, module[name], size / group):
+                    kind = "reduce-scatter"
                 total = found.setdefault((kind, group, spread), [0, 0.0, 0.0])
                 for i, value in enumerate((1, size, size * _sent(kind, group))):
                     total[i] += often * value
@@ -107,6 +111,13 @@ def less(more: Costs, fewer: Costs) -> Costs:
         if c.count > had.count:
             rest.append(Collective(c.kind, c.group, c.spread, c.count - had.count, *sizes))
     return Costs(more.flops - fewer.flops, more.bytes - fewer.bytes, tuple(rest))
+
+
+def _scatters(op: Op, inner: list[Op], part: float) -> bool:
+    """Whether a fusion keeps only a device's part of its all-reduce: so the TPU compiler writes a reduce-scatter."""
+    users = list(_users(inner, op.name, ("bitcast", "get-tuple-element")))
+    sliced = sum(s.bytes for user in users for s in user.shapes)
+    return op.code == "all-reduce" and all(user.code == "dynamic-slice" for user in users) and sliced == part
 
 
 def _sent(kind: str, group: int) -> float:
@@ -255,12 +266,12 @@ def _read(inner: list[Op], place: int, shapes: tuple[Shape, ...], passing: bool)
     return whole
 
 
-def _users(inner: list[Op], name: str | None) -> Iterator[Op]:
+def _users(inner: list[Op], name: str | None, through: tuple[str, ...] = ("bitcast",)) -> Iterator[Op]:
     """Who uses a value, seen through bitcasts."""
     for op in inner:
         if name in op.operands:
-            if op.code == "bitcast":
-                yield from _users(inner, op.name)
+            if op.code in through:
+                yield from _users(inner, op.name, through)
             else:
                 yield op
 
