@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from r3jax.model.attention import attend, masked_softmax, visible
 from r3jax.model.rope import rope
-from r3jax.model.sharding import BATCH, few, out, place, used, where
+from r3jax.model.sharding import BATCH, brought, few, out, place, same_sums, used, where
 
 REMAT = {
     "none": None,
@@ -141,9 +141,9 @@ class Linear(nn.Module):
         left, right = math.prod(self.inputs), math.prod(self.outputs)
         shape = (*self.inputs, *self.outputs)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, c.param_dtype)
-        kernel = place(kernel.astype(c.compute_dtype), axes)
+        kernel = brought(kernel.astype(c.compute_dtype), self.axes, self.gathered)
         row, column = axes[0], axes[len(self.inputs)]
-        kernel = jnp.reshape(kernel, (left, right), out_sharding=out(P(row, column)))
+        kernel = jnp.reshape(kernel, (left, right), out_sharding=same_sums(kernel, P(row, column)))
         flat = jnp.reshape(x, (-1, left), out_sharding=out(P(BATCH, used(self.axes)[0])))
         flat = place(flat, P(rows, row))
         # Where the sum goes over `fsdp`, each device gets that of its own rows.
@@ -270,7 +270,8 @@ class Embed(nn.Module):
         c = self.config
         axes, rows = where(("vocab", "embed"), self.gathered)
         table = self.param("table", nn.initializers.normal(0.02), (c.vocab, c.width), c.param_dtype)
-        table, tokens = place(table.astype(c.compute_dtype), axes), place(tokens, P(rows, None))
+        table = brought(table.astype(c.compute_dtype), ("vocab", "embed"), self.gathered)
+        tokens = place(tokens, P(rows, None))
         x = place(table.at[tokens].get(out_sharding=out(P(rows, None, axes[1]))), P(BATCH, None, None))
         if self.has_variable("params", "token_row"):
             row = place(self.get_variable("params", "token_row").astype(c.compute_dtype), P(None))
@@ -362,7 +363,7 @@ def last_states(
 def unembedding(params, config: ModelConfig, gathered: bool = True) -> Float[Array, "V D"]:
     """The table that turns hidden states into logits, where it is used."""
     table = params["embed" if config.tied else "unembed"]["table"]
-    return place(table.astype(config.compute_dtype), where(("vocab", "embed"), gathered)[0])
+    return brought(table.astype(config.compute_dtype), ("vocab", "embed"), gathered)
 
 
 def head(

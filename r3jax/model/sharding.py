@@ -65,6 +65,23 @@ def where(axes: tuple[str | None, ...], gathered: bool) -> tuple[P, str | tuple[
     return (used(axes), BATCH) if gathered else (stored(axes), "data")
 
 
+def brought(weight: jax.Array, axes: tuple[str | None, ...], gathered: bool = True) -> jax.Array:
+    """The stored weight where `where` says.
+
+    On the way back the gradient's sum over the batch goes in two steps, each device keeping its part of the first, over
+    `fsdp`; summed over `data` is then that part alone. Said at once, all is summed over both and then cut.
+    """
+    if not gathered or not has_mesh():
+        return place(weight, where(axes, gathered)[0])
+    weight = jax.reshard(weight, P(*stored(axes), reduced={"data"}))
+    return jax.reshard(weight, P(*used(axes), reduced=set(BATCH)))
+
+
+def same_sums(weight: jax.Array, spec: P) -> P | None:
+    """`out` of a spec for what is made from a weight alone: its gradient is still to be summed, as the weight's is."""
+    return out(P(*spec, reduced=jax.typeof(weight).sharding.spec.reduced)) if has_mesh() else None
+
+
 def few(rows: int, width: int) -> bool:
     """Whether so many rows, of all devices, are cheaper to send to the weights than weights of this width to them."""
     mesh = jax.sharding.get_abstract_mesh()
