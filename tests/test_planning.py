@@ -223,7 +223,7 @@ SCATTER = """HloModule jit_g, is_scheduled=true
 
 %all-reduce-scatter (input: bf16[256,8192]) -> bf16[64,8192] {
   %input = bf16[256,8192]{1,0:T(8,128)(2,1)S(1)} parameter(0)
-  %all-reduce.2 = bf16[256,8192]{1,0} all-reduce(%input), channel_id=3, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %all-reduce.2 = bf16[256,8192]{1,0} all-reduce(%input), channel_id=3, replica_groups={{0,2,4,6},{1,3,5,7}}
   %first = s32[]{:T(128)} constant(0)
   ROOT %part = bf16[64,8192]{1,0} dynamic-slice(%all-reduce.2, %first, %first), dynamic_slice_sizes={64,8192}
 }
