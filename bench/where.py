@@ -1,18 +1,22 @@
-"""Where a step of stage 1 spends its time: python -m bench.where [SIZE ...]
+"""Where the time goes: python -m bench.where [SIZE ...] [--rounds=N]
 
-The step of `bench.sft`, traced by JAX's profiler, on CPU. Each compiled operation's time is booked under the part of
-the source that it was compiled from, and under the pass: forward, recomputed (what is not kept for the backward pass),
-backward. A fused operation is booked under the part of its last one.
+Three works on CPU, traced by JAX's profiler: the step of stage 1 of `bench.sft`; a batch of `bench.encode`, documents of
+the median length; 32 tokens of `bench.rollout`'s 64 rows. Each compiled operation's time is booked under the part of the
+source that it was compiled from, and, of the step, under the pass: forward, recomputed (what is not kept for the
+backward pass), backward. A fused operation is booked under the part of its last one.
 """
 
 import collections
+import functools
 import pathlib
 import re
 import tempfile
+from collections.abc import Callable
 
 import jax
+import numpy as np
 
-from bench import models, peaks, sft
+from bench import encode, models, peaks, rollout, sft
 from bench.turns import command, table
 
 LINE = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\(.*?metadata=\{[^}]*op_name="([^"]*)"')
@@ -21,12 +25,74 @@ PARTS = (
     ("MLP", "/mlp/"),
     ("projections of attention", r"/attn/[qkvo]/"),
     ("scores, soft-max, values", "/attn"),
-    ("norms", "_norm"),
-    ("embedding, layer loop", "Decoder"),
+    ("norms", "_norm|RMSNorm"),
+    ("embedding, layer loop", "Decoder|Embed"),
     ("optimiser", r"update\)/(cond|square|sqrt)"),
-    ("logits and losses", ""),
+    ("logits", r"d,vd->"),
+    ("losses, drawing tokens, copies", ""),
 )
 PASSES = (("recomputed", "rematted_computation"), ("backward", r"transpose\("), ("forward", ""))
+
+# What is run, its compiled programs, and how many operations its products of weights need by part.
+Work = tuple[Callable[[], object], list, dict[str, float]]
+
+
+def products(size: str, rows: float) -> dict[str, float]:
+    """Operations of a forward pass over so many tokens, by part, of products with weights."""
+    layers, width, heads, kv_heads, head_dim, ffn, vocab = models.SIZES[size]
+    attention = 2 * heads * head_dim + 2 * kv_heads * head_dim
+    each = {"MLP": 3 * layers * width * ffn, "projections of attention": layers * width * attention}
+    return {part: 2.0 * rows * count for part, count in (each | {"logits": width * vocab}).items()}
+
+
+def step(folder: str, size: str) -> Work:
+    made = sft.Step(folder, sft.PAIRS[size])
+    batch = made.batches[0]
+    made(batch)
+    need = {part: 3 * count for part, count in products(size, sft.tokens([batch])).items() if part != "logits"}
+    return lambda: made(batch), list(made.programs.values()), need
+
+
+def encoding(folder: str, size: str) -> Work:
+    from r3jax.model.encoder import bucket_of, embed_jit, pad
+    from r3jax.model.sharding import put_batch
+
+    it = models.ours(folder)
+    rows = it.chat.documents(encode.documents(encode.DOCUMENTS[size]), 256)
+    rows = sorted(rows, key=len)[len(rows) // 2 :][: encode.BATCH]
+    jax.set_mesh(it.mesh)
+    tokens, lengths = put_batch(it.mesh, pad(rows, bucket_of(len(rows[-1]))))
+    call = functools.partial(embed_jit, it.params, tokens=tokens, lengths=lengths)
+    program = embed_jit.lower(it.params, tokens=tokens, lengths=lengths, config=it.model).compile()
+    need = {part: count for part, count in products(size, sum(map(len, rows))).items() if part != "logits"}
+    return lambda: call(config=it.model).block_until_ready(), [program], need
+
+
+def decoding(folder: str, size: str) -> Work:
+    from r3jax.model import sampler
+    from r3jax.model.encoder import bucket_of, pad
+    from r3jax.model.sharding import put_batch
+
+    it = models.ours(folder)
+    rows = models.prompts(folder, rollout.PROMPTS)
+    jax.set_mesh(it.mesh)
+    batch = (*pad(rows, bucket_of(max(map(len, rows)))), np.arange(rollout.PROMPTS, dtype=np.int32))
+    options = dict(config=it.model, group=rollout.GROUP)
+    tokenizer = it.chat.tokenizer
+    ends = dict(embed_id=tokenizer.embed_id, stop_ids=(tokenizer.im_end_id,), temperature=1.0, look=sampler.LOOK)
+
+    def begun():
+        return sampler.prefill(it.params, *put_batch(it.mesh, batch), **options, max_new=64, room=sampler.LOOK)
+
+    weights, key = sampler.unstacked(it.params, it.model), jax.random.key(0)
+    program = sampler.decode.lower(weights, begun(), key, **options, **ends).compile()
+    states = iter([jax.block_until_ready(begun()) for _ in range(12)])
+    jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends))
+    need = products(size, rollout.PROMPTS * rollout.GROUP * sampler.LOOK)
+    return lambda: jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends)), [program], need
+
+
+WORKS = {"a step of stage 1": step, "encoding a batch": encoding, "decoding 32 tokens of 64 rows": decoding}
 
 
 def operations(text: str) -> dict[str, str]:
@@ -58,24 +124,31 @@ def seconds_by_part(folder: pathlib.Path, sources: dict[str, str]) -> tuple[coll
 def main(sizes: list[str], rounds: int) -> None:
     print(peaks.sentence(peaks.measure()), "\n")
     for size in sizes:
-        with models.folder(size) as folder, tempfile.TemporaryDirectory() as traces:
-            step = sft.Step(folder, sft.PAIRS[size])
-            batch = step.batches[0]
-            step(batch)
-            [program] = step.programs.values()
-            with jax.profiler.trace(traces):
-                for _ in range(rounds):
-                    step(batch)
-            booked, lost = seconds_by_part(pathlib.Path(traces), operations(program.as_text()))
-        total = sum(booked.values()) + lost
-        passes = [name for name, _ in PASSES[::-1]]
-        rows = []
-        for part, _ in PARTS:
-            each = [booked[part, name] / total for name in passes]
-            rows.append([part, f"{sum(each):.1%}", *(f"{share:.1%}" if share else "" for share in each)])
-        rows.append(["not attributed", f"{lost / total:.1%}", "", "", ""])
-        print(f"{size}: {total / rounds:.3f} s of operations a step\n")
-        print(table(["", "share", *passes], rows), "\n", flush=True)
+        for name, work in WORKS.items():
+            with models.folder(size) as folder, tempfile.TemporaryDirectory() as traces:
+                run, programs, need = work(folder, size)
+                run()
+                with jax.profiler.trace(traces):
+                    for _ in range(rounds):
+                        run()
+                sources = {op: path for program in programs for op, path in operations(program.as_text()).items()}
+                booked, lost = seconds_by_part(pathlib.Path(traces), sources)
+            report(f"{size}, {name}", booked, lost, need, rounds)
+
+
+def report(title: str, booked: collections.Counter, lost: float, need: dict[str, float], rounds: int) -> None:
+    total = sum(booked.values()) + lost
+    passes = [name for name, _ in PASSES[::-1] if any(way == name for _, way in booked)]
+    rows = []
+    for part, _ in PARTS:
+        each = [booked[part, name] for name in passes]
+        if not sum(each):
+            continue
+        speed = f"{need[part] * rounds / sum(each) / 1e9:.0f}" if part in need else ""
+        rows.append([part, f"{sum(each) / total:.1%}", speed, *(f"{x / total:.1%}" if x else "" for x in each)])
+    rows.append(["not attributed", f"{lost / total:.1%}", "", *[""] * len(passes)])
+    print(f"{title}: {total / rounds:.3f} s of operations\n")
+    print(table(["", "share", "GFLOP/s", *passes], rows), "\n", flush=True)
 
 
 if __name__ == "__main__":
