@@ -1,9 +1,11 @@
 """Where the time goes: python -m bench.where [SIZE ...] [--rounds=N]
 
-Three works on CPU, traced by JAX's profiler: the step of stage 1 of `bench.sft`; a batch of `bench.encode`, documents of
-the median length; 32 tokens of `bench.rollout`'s 64 rows. Each compiled operation's time is booked under the part of the
-source that it was compiled from, and, of the step, under the pass: forward, recomputed (what is not kept for the
-backward pass), backward. A fused operation is booked under the part of its last one.
+Three works on CPU, traced by JAX's profiler: the step of stage 1 of `bench.sft`; a batch of `bench.encode`, documents
+of the median length; 32 tokens of `bench.rollout`'s 64 rows. Each compiled operation's time is booked under the part of
+the source that it was compiled from, and, of the step, under the pass: forward, recomputed (what is not kept for the
+backward pass), backward. A fused operation is booked under the part of its last one. Operations overlap, so their
+seconds add up to more than the clock's. "alone" is the speed that the part's products have by themselves, the same
+shapes without anything around: how long all of them would take so is the limit that is printed.
 """
 
 import collections
@@ -11,9 +13,11 @@ import functools
 import pathlib
 import re
 import tempfile
+import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bench import encode, models, peaks, rollout, sft
@@ -33,28 +37,58 @@ PARTS = (
 )
 PASSES = (("recomputed", "rematted_computation"), ("backward", r"transpose\("), ("forward", ""))
 
-# What is run, its compiled programs, and how many operations its products of weights need by part.
-Work = tuple[Callable[[], object], list, dict[str, float]]
+# What is run, its compiled programs, how many operations its products of weights need by part, and rows of a product.
+Work = tuple[Callable[[], object], list, dict[str, float], int]
 
 
-def products(size: str, rows: float) -> dict[str, float]:
-    """Operations of a forward pass over so many tokens, by part, of products with weights."""
+def products(size: str, rows: float, last: bool = True) -> dict[str, float]:
+    """Operations of a forward pass over so many tokens, by part, of products with weights.
+
+    last: whether the last layer is more than keys and values, all of it that an encoder needs of most tokens.
+    """
     layers, width, heads, kv_heads, head_dim, ffn, vocab = models.SIZES[size]
-    attention = 2 * heads * head_dim + 2 * kv_heads * head_dim
-    each = {"MLP": 3 * layers * width * ffn, "projections of attention": layers * width * attention}
+    whole = layers - (not last)
+    attention = layers * 2 * kv_heads * head_dim + whole * 2 * heads * head_dim
+    each = {"MLP": 3 * whole * width * ffn, "projections of attention": width * attention}
     return {part: 2.0 * rows * count for part, count in (each | {"logits": width * vocab}).items()}
+
+
+def alone(size: str, rows: int) -> dict[str, float]:
+    """Operations per second of the products that `products` counts, each part's by themselves."""
+    _, width, heads, kv_heads, head_dim, ffn, vocab = models.SIZES[size]
+    shapes = {
+        "MLP": [(width, ffn), (width, ffn), (ffn, width)],
+        "projections of attention": [
+            (width, heads * head_dim),
+            (width, 2 * kv_heads * head_dim),
+            (heads * head_dim, width),
+        ],
+        "logits": [(width, vocab)],
+    }
+    multiply, found = jax.jit(jnp.matmul), {}
+    for part, each in shapes.items():
+        seconds = count = 0.0
+        for inputs, outputs in each:
+            x, w = jnp.ones((rows, inputs)), jnp.ones((inputs, outputs))
+            multiply(x, w).block_until_ready()
+            seconds += peaks.best(lambda x=x, w=w: multiply(x, w).block_until_ready())
+            count += 2.0 * rows * inputs * outputs
+        found[part] = count / seconds
+    return found
 
 
 def step(folder: str, size: str) -> Work:
     made = sft.Step(folder, sft.PAIRS[size])
     batch = made.batches[0]
     made(batch)
-    need = {part: 3 * count for part, count in products(size, sft.tokens([batch])).items() if part != "logits"}
-    return lambda: made(batch), list(made.programs.values()), need
+    rows = sft.tokens([batch])
+    need = {part: 3 * count for part, count in products(size, rows).items() if part != "logits"}
+    return lambda: made(batch), list(made.programs.values()), need, rows
 
 
 def encoding(folder: str, size: str) -> Work:
     from r3jax.model.encoder import bucket_of, embed_jit, pad
+    from r3jax.model.qwen2 import UNROLLED
     from r3jax.model.sharding import put_batch
 
     it = models.ours(folder)
@@ -64,8 +98,9 @@ def encoding(folder: str, size: str) -> Work:
     tokens, lengths = put_batch(it.mesh, pad(rows, bucket_of(len(rows[-1]))))
     call = functools.partial(embed_jit, it.params, tokens=tokens, lengths=lengths)
     program = embed_jit.lower(it.params, tokens=tokens, lengths=lengths, config=it.model).compile()
-    need = {part: count for part, count in products(size, sum(map(len, rows))).items() if part != "logits"}
-    return lambda: call(config=it.model).block_until_ready(), [program], need
+    whole = it.model.layers > UNROLLED
+    need = {part: count for part, count in products(size, sum(map(len, rows)), whole).items() if part != "logits"}
+    return lambda: call(config=it.model).block_until_ready(), [program], need, tokens.size
 
 
 def decoding(folder: str, size: str) -> Work:
@@ -88,8 +123,13 @@ def decoding(folder: str, size: str) -> Work:
     program = sampler.decode.lower(weights, begun(), key, **options, **ends).compile()
     states = iter([jax.block_until_ready(begun()) for _ in range(12)])
     jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends))
-    need = products(size, rollout.PROMPTS * rollout.GROUP * sampler.LOOK)
-    return lambda: jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends)), [program], need
+    side_by_side = rollout.PROMPTS * rollout.GROUP
+    need = products(size, side_by_side * sampler.LOOK)
+
+    def run():
+        jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends))
+
+    return run, [program], need, side_by_side
 
 
 WORKS = {"a step of stage 1": step, "encoding a batch": encoding, "decoding 32 tokens of 64 rows": decoding}
@@ -126,17 +166,24 @@ def main(sizes: list[str], rounds: int) -> None:
     for size in sizes:
         for name, work in WORKS.items():
             with models.folder(size) as folder, tempfile.TemporaryDirectory() as traces:
-                run, programs, need = work(folder, size)
+                run, programs, need, rows = work(folder, size)
                 run()
+                began = time.perf_counter()
+                for _ in range(rounds):
+                    run()
+                clock = (time.perf_counter() - began) / rounds
                 with jax.profiler.trace(traces):
                     for _ in range(rounds):
                         run()
                 sources = {op: path for program in programs for op, path in operations(program.as_text()).items()}
                 booked, lost = seconds_by_part(pathlib.Path(traces), sources)
-            report(f"{size}, {name}", booked, lost, need, rounds)
+            by_itself = alone(size, rows)
+            least = sum(count / by_itself[part] for part, count in need.items())
+            print(f"{size}, {name}: {clock:.3f} s; its products of weights alone: {least:.3f} s\n")
+            print(report(booked, lost, need, by_itself, rounds), "\n", flush=True)
 
 
-def report(title: str, booked: collections.Counter, lost: float, need: dict[str, float], rounds: int) -> None:
+def report(booked: collections.Counter, lost: float, need: dict, by_itself: dict, rounds: int) -> str:
     total = sum(booked.values()) + lost
     passes = [name for name, _ in PASSES[::-1] if any(way == name for _, way in booked)]
     rows = []
@@ -144,11 +191,11 @@ def report(title: str, booked: collections.Counter, lost: float, need: dict[str,
         each = [booked[part, name] for name in passes]
         if not sum(each):
             continue
-        speed = f"{need[part] * rounds / sum(each) / 1e9:.0f}" if part in need else ""
-        rows.append([part, f"{sum(each) / total:.1%}", speed, *(f"{x / total:.1%}" if x else "" for x in each)])
-    rows.append(["not attributed", f"{lost / total:.1%}", "", *[""] * len(passes)])
-    print(f"{title}: {total / rounds:.3f} s of operations\n")
-    print(table(["", "share", "GFLOP/s", *passes], rows), "\n", flush=True)
+        speeds = [need[part] * rounds / sum(each) / 1e9, by_itself[part] / 1e9] if part in need else []
+        shares = [f"{x / total:.1%}" if x else "" for x in each]
+        rows.append([part, f"{sum(each) / total:.1%}", *([f"{x:.0f}" for x in speeds] or ["", ""]), *shares])
+    rows.append(["not attributed", f"{lost / total:.1%}", *[""] * (len(passes) + 2)])
+    return table(["", "share", "GFLOP/s", "alone", *passes], rows)
 
 
 if __name__ == "__main__":
