@@ -15,7 +15,9 @@ python=${PYTHON:-$here/.venv/bin/python}
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 # Transparent huge pages for malloc: page faults cost a quarter of a step on CPU (see Makefile).
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
+[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
+[ "${JAX_PLATFORMS:-}" != cpu ] || gpus=0
 if ((gpus)); then
   # shellcheck source=launch/env_gpu.sh
   . "$here/launch/env_gpu.sh"

@@ -3,7 +3,8 @@
 #   export NAME=r3 ZONE=us-west4-a TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite   # and SPOT=1, PROJECT=…
 #   launch/tpu_vm.sh create                  asks for the slice and waits until it is there
 #   launch/tpu_vm.sh sync                    copies this working tree to every host and installs it
-#   launch/tpu_vm.sh run train --config=…    runs a verb on all hosts, and again as long as it ends with 75
+#   launch/tpu_vm.sh run train --config=…    runs a verb on all hosts, and again as long as it ends with 75;
+#                                            Ctrl-C tells all hosts to save and end
 #   launch/tpu_vm.sh delete
 # The exit code is gcloud's: of `run`, the first that is not 0 among the hosts'.
 set -euo pipefail
@@ -50,11 +51,16 @@ sync)
 run)
   (($#)) || fail "say what: launch/tpu_vm.sh run train --config=configs/rl.py"
   words=$(printf '%q ' "$@")
-  code=75
-  while ((code == 75)); do
+  code=75 stopped=
+  trap 'stopped=1' INT TERM # ends gcloud here, while the hosts would go on
+  while ((code == 75)) && [ -z "$stopped" ]; do
     code=0
     everywhere "cd r3jax && exec .venv/bin/python -m r3jax $words" || code=$?
   done
+  if [ -n "$stopped" ]; then
+    everywhere "pkill -TERM -f '[p]ython -m r3jax' || true"
+    code=75
+  fi
   exit "$code"
   ;;
 delete)

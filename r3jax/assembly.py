@@ -62,7 +62,8 @@ def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             if size % (parts * chunks):
                 raise UserError(
                     f"config.{stage}.{field}={size} must be a multiple of {parts * chunks}, for the mesh has "
-                    f"{parts} parts (data x fsdp) and config.{stage}.chunks is {chunks}."
+                    f"{parts} parts (data x fsdp) and config.{stage}.chunks is {chunks}; python -m r3jax.plan finds "
+                    "what fits."
                 )
 
 

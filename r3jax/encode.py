@@ -14,7 +14,6 @@ another model, prompt, length or corpus is refused there. For example:
 
 import dataclasses
 import pathlib
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,7 +25,7 @@ from r3jax.corpus.identity import identity
 from r3jax.data.documents import Documents
 from r3jax.model.hub import local_folder
 from r3jax.model.sharding import make_mesh
-from r3jax.run import command
+from r3jax.run import command, stop
 from r3jax.run.config import run_main
 from r3jax.run.peers import Peers
 from r3jax.run.progress import progress
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
     max_length, batch_size = given.whole("max-length"), given.whole("batch-size")
     on_error = given.choice("on-error", ("strict", "skip"), "strict")
     processes.connect()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it where there are several processes, and nobody asks
+    stop.on_term()  # JAX takes it where there are several processes, and nobody asks
     with Peers():  # what ends one process ends all
         documents, prompt = Documents(data, on_error=on_error), given.flags["prompt"]
         check_out(pathlib.Path(out))

@@ -16,7 +16,6 @@ and ties; writes TREC runs and judgements, thoughts, examples.json and evaluatio
 import dataclasses
 import json
 import pathlib
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +33,7 @@ from r3jax.reader import OnRows, Reader
 from r3jax.results import table
 from r3jax.results.comparison import compare
 from r3jax.results.conditions import BUDGET, MODEL_CONDITIONS
-from r3jax.run import command
+from r3jax.run import command, stop
 from r3jax.run import config as run_config
 from r3jax.run.config import run_main
 from r3jax.run.log import quiet_libraries
@@ -66,7 +65,7 @@ class Task:
 
 def main(argv: list[str]) -> None:
     processes.connect()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX takes it where there are several processes, and nobody asks
+    stop.on_term()  # JAX takes it where there are several processes, and nobody asks
     with Peers():  # what ends one process ends all
         if not argv or argv[0].startswith("-"):
             of_run(argv)

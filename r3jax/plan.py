@@ -11,6 +11,7 @@ the command line gives them (--config.mesh.fsdp=16). Compiling takes minutes a p
     python -m r3jax.plan --config=configs/rl.py:qwen2_5_7b --topology=v5e:16x16
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -66,10 +67,16 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     topologies.prepare(topology)
     config = parsed.config
-    weights.adopt(config, parsed.given)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is the plan's
+        weights.adopt(config, parsed.given)
     with config.unlocked():
         config.from_scratch = True  # no weights are looked at
-    run_config.validate(config)
+    run_config.validate(_plain(config))
+    if config.model.attention != "xla":
+        raise UserError(
+            f"config.model.attention={config.model.attention!r}: a kernel's operations and memory are not counted yet; "
+            "plan with 'xla', whose memory is more."
+        )
     found = make(config, topology, parsed.given, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(found, indent=1) if as_json else report.text(found))
 
@@ -131,6 +138,14 @@ def make(
             break
     plan["missing"] = []  # what comes after a program that does not fit is of no use
     return plan
+
+
+def _plain(config: ConfigDict) -> ConfigDict:
+    """Without an adapter, which wants a base on disk."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.lora.rank = 0
+    return config
 
 
 @dataclasses.dataclass(frozen=True)

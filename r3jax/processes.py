@@ -8,7 +8,10 @@ Axis legend: P processes.
 
 import dataclasses
 import functools
+import itertools
 import os
+import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import cloud_tpu_init  # whether this is a TPU VM; there is no public name for it
+from jax._src import cloud_tpu_init, distributed  # whether this is a TPU VM, and the job's store: no public names
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,6 +27,9 @@ from r3jax.errors import UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 AXIS = "process"
+MEET = 300  # seconds that processes have to find each other
+LISTEN = 1000  # milliseconds of waiting between which signals are seen
+_waits = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,31 +84,51 @@ def connect() -> None:
 
 
 def _initialise(**given: Any) -> None:
+    def give_up() -> None:
+        print(f"error: {_lost(f'some had not come after {MEET} s')}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    late = threading.Timer(MEET, give_up)  # JAX would abort, with a trace
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**given, initialization_timeout=2 * MEET)
     except (ValueError, RuntimeError) as e:
-        why = str(e).splitlines()[0]
-        raise UserError(
-            f"the processes of this job do not find each other ({why}); set {', '.join(VARIABLES)} for each."
-        ) from None
+        raise UserError(_lost(str(e).splitlines()[0])) from None
+    finally:
+        late.cancel()
+    # Gloo gives a group of devices 30 seconds to meet for the first time. Now all are here; later one may compile.
+    gather(np.zeros(1, np.uint8))
     if jax.default_backend() == "cpu":
-        # Gloo gives a group of devices 30 seconds to meet for the first time. Now all are here; later one may compile.
-        _wait()
         count = jax.device_count()
         with jax.set_mesh(jax.make_mesh((count,), (AXIS,))):
             jax.block_until_ready(jnp.sum(jax.jit(partial(jnp.ones, count), out_shardings=P(AXIS))()))
+
+
+def _lost(why: str) -> str:
+    return (
+        f"the processes of this job do not find each other ({why}); start all, and set {', '.join(VARIABLES)} for each."
+    )
+
+
+def rank() -> int:
+    """This process's number, by which process 0 is the coordinator.
+
+    Not `jax.process_index()`: on a TPU slice that is the host's place in it, another order.
+    """
+    return distributed.global_state.process_id
 
 
 def here() -> Processes:
     """This process among those that jax knows of."""
     if jax.process_count() == 1:
         return Processes()
-    return Processes(jax.process_index(), jax.process_count(), lambda what: _wait(), gather)
+    return Processes(rank(), jax.process_count(), lambda what: _wait(), gather)
 
 
 def leads() -> bool:
     """Whether this is process 0, which writes what is to be written once."""
-    return jax.process_index() == 0
+    return rank() == 0
 
 
 def in_turn(work: Callable[[bool], Any]) -> Any:
@@ -119,7 +145,17 @@ def in_turn(work: Callable[[bool], Any]) -> Any:
 
 
 def _wait() -> None:
-    gather(np.zeros(1, np.uint8))
+    """Until all have come here, however long that takes (a collective of gloo's gives up after half an hour)."""
+    store, turn = distributed.global_state.client, next(_waits)
+    store.key_value_set(f"r3jax/{turn}/{rank()}", "")
+    for other in range(jax.process_count()):
+        while True:
+            try:
+                store.blocking_key_value_get(f"r3jax/{turn}/{other}", LISTEN)
+                break
+            except jax.errors.JaxRuntimeError as e:
+                if "DEADLINE_EXCEEDED" not in str(e):
+                    raise
 
 
 def gather(x: np.ndarray) -> np.ndarray:
@@ -158,7 +194,7 @@ def spread(mine: np.ndarray, size: int) -> jax.Array:
         mine = np.concatenate([mine, np.zeros((block - len(mine), *mine.shape[1:]), mine.dtype)])
     sharding = NamedSharding(hosts(), P(AXIS))
     shape = (block * jax.process_count(), *mine.shape[1:])
-    device = hosts().devices[jax.process_index()]
+    device = hosts().devices[rank()]
     return jax.make_array_from_single_device_arrays(shape, sharding, [jax.device_put(mine, device)])
 
 

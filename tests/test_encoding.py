@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from r3jax.corpus import documents as stored
 from r3jax.corpus import manifest
 from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.encoding import Processes, encode_corpus, open_encoding
@@ -323,3 +324,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         assert process.returncode == 0, complaint
         peaks.append(int(said.split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 8  # MiB; the larger corpus has 46 MiB more text, and 12 MiB more of vectors
+
+
+def test_digests_that_meet_by_chance_are_no_two_documents(tmp_path, monkeypatch):
+    digest = stored.hashlib.blake2b
+    monkeypatch.setattr(stored.hashlib, "blake2b", lambda name, digest_size: digest(name[:1], digest_size=digest_size))
+    assert stored.write([("a1", "x"), ("b", "x"), ("a2", "x")], tmp_path) == 3
+    with pytest.raises(UserError, match="two documents with the id 'a2'"):
+        stored.write([("a1", "x"), ("a2", "x"), ("b", "x"), ("a2", "y")], tmp_path)

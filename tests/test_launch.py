@@ -109,12 +109,22 @@ def test_tpu_runs_again_on_75_alone_and_passes_other_codes(tmp_path):
     assert (code, calls) == (2, []) and "set ZONE" in said
 
 
+def test_a_stop_of_a_tpu_run_reaches_the_hosts(tmp_path):
+    """Ctrl-C ends the ssh here, not what runs there."""
+    bench = Bench(tmp_path, "gcloud")
+    (tmp_path / "gcloud").write_text(
+        STUB.replace("code=$(", "[[ $* == *pkill* ]] || { kill -INT $PPID; exit 130; }\ncode=$(", 1)
+    )
+    code, calls, _ = bench.run(str(LAUNCH / "tpu_vm.sh"), "run", "train", **TPU)
+    assert (code, len(calls)) == (75, 2) and "pkill" in calls[1] and "TERM" in calls[1]
+
+
 def test_slurm_requeues_on_75_alone_and_passes_other_codes(tmp_path):
     bench, env = Bench(tmp_path, "srun", "scontrol"), {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
     for codes, requeued in (((0,), 0), ((1,), 0), ((2,), 0), ((143,), 0), ((75, 0), 1)):
         code, calls, _ = bench.run("bash", str(LAUNCH / "slurm.sbatch"), "train", "--workdir=a b", codes=codes, **env)
         assert code == codes[0]
-        assert calls[0].endswith("-m r3jax train --workdir=a\\ b ") and "--kill-on-bad-exit=1" in calls[0]
+        assert calls[0].endswith("-m r3jax train --workdir=a\\ b ") and "--kill-on-bad-exit=0" in calls[0]
         assert [c for c in calls if c == "requeue 7 "] == ["requeue 7 "] * requeued
 
 
@@ -134,6 +144,30 @@ def test_local_tells_each_process_who_it_is_and_passes_codes(tmp_path):
         assert code == want, codes
         calls = sorted(call for call in calls if "r3jax" in call)
         assert calls == [f"127.0.0.1:12345 3 {rank} -m r3jax train --x=a b" for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("said", "env", "ids"),
+    [
+        ("NVIDIA-SMI has failed because it couldn't communicate\nwith the driver", {}, ["", ""]),
+        ("GPU 0: H100\nGPU 1: H100\nGPU 2: H100\nGPU 3: H100", {}, ["0,1", "2,3"]),
+        ("GPU 0: H100\nGPU 1: H100\nGPU 2: H100\nGPU 3: H100", {"CUDA_VISIBLE_DEVICES": "2,3"}, ["0", "1"]),
+        ("GPU 0: H100\nGPU 1: H100", {"JAX_PLATFORMS": "cpu"}, ["", ""]),
+    ],
+)
+def test_local_shares_the_gpus_that_are_there(tmp_path, said, env, ids):
+    for name, text in (
+        ("nvidia-smi", f'echo "{said}"'),
+        (
+            "python",
+            'if [ "$1" = -c ]; then echo 1; else echo "$JAX_PROCESS_ID:${JAX_LOCAL_DEVICE_IDS:-}" >> "$LOG"; fi',
+        ),
+    ):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    bench = Bench(tmp_path)
+    code, calls, _ = bench.run(str(LAUNCH / "local.sh"), "2", "train", PYTHON=str(tmp_path / "python"), **env)
+    assert (code, sorted(calls)) == (0, [f"{rank}:{given}" for rank, given in enumerate(ids)])
 
 
 def test_a_stop_of_local_reaches_all_and_is_waited_for(tmp_path):

@@ -414,12 +414,21 @@ def test_a_model_that_no_mesh_holds(capsys, monkeypatch, tmp_path):
     assert f"{row['total'] - row['limit']:,.0f} bytes too many" in planned(words[:2], capsys)
 
 
+def test_an_adapter_is_planned_without_its_base(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "CACHE", tmp_path)
+    words = ["--topology=h100:8", "--config.model.layers=1", "--config.sft.batch_size=32", "--config.lora.rank=4"]
+    found = json.loads(planned(["--config=configs/sft.py", *words, "--json"], capsys))
+    memory = found["programs"][0]["memory"]
+    assert 0 < memory["parameters"] < memory["reference"] / 4 and memory["optimiser"] < 3 * memory["parameters"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "--topology is missing"),
         (["--topology=h100:8", "--config.mesh.fsdp=3"], "does not multiply to the 8 devices"),
         (["--topology=h100:4096"], "needs 4096 fake devices, there are 8"),
+        (["--topology=h100:8", "--config.model.attention=cudnn"], "are not counted yet; plan with 'xla'"),
     ],
 )
 def test_mistakes(words, said):

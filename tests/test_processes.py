@@ -36,11 +36,15 @@ TIMES = ("time", "seconds", "tokens_per_second")
 DISCRETE = ("index/age", "index/sigma", "index/probe", "probe/stale_recall")
 
 
-def processes_of(argv: list[str], count: int, devices: int) -> list[subprocess.Popen]:
-    """Starts `python argv` as `count` processes of a job, of so many fake devices each."""
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def processes_of(argv: list[str], count: int, devices: int) -> list[subprocess.Popen]:
+    """Starts `python argv` as `count` processes of a job, of so many fake devices each."""
+    address = free_address()
     given = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": given, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -129,6 +133,48 @@ def test_two_processes_share_an_index_and_checkpoints_with_one(tmp_path):
     np.testing.assert_array_equal(index.vectors, whole.vectors)
     np.testing.assert_array_equal(index.versions, whole.versions)
     assert index.kind == "scann" and meta["data"] == {"next": 3}
+
+
+# As in the last evaluation of `train`, and in `encode` and `evaluate` all along. On a TPU slice jax numbers processes
+# by their place in it, here against the coordinator's order.
+TOLD = """
+import time, jax, numpy as np
+from r3jax import processes
+from r3jax.run import stop
+from r3jax.run.peers import Peers
+processes.connect()
+real = jax.process_index
+jax.process_index = lambda backend=None: jax.process_count() - 1 - real()
+with Peers(60), stop.Stop() as asked:
+    asked.release() if {released} else stop.on_term()
+    assert processes.gather(np.array([processes.rank()])).ravel().tolist() == list(range(jax.process_count()))
+    print("up", flush=True)
+    while True:
+        processes.here().wait("a round")
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(("count", "released"), [(2, True), (2, False), (1, False)])
+def test_a_stop_of_one_process_ends_all_with_75(count, released):
+    job = processes_of(["-c", TOLD.format(released=released)], count, 1)
+    for process in job:
+        while (line := process.stdout.readline()) != "up\n":
+            assert line
+    job[-1].terminate()
+    said = [process.communicate(timeout=60)[0] for process in job]
+    assert [process.returncode for process in job] == [75] * count, said
+    assert "stopped; give the same command again" in said[-1]
+    assert count == 1 or "process 1 of 2" in said[0] and "was told to stop" in said[0]
+
+
+def test_who_finds_no_other_says_so():
+    code = "from r3jax import processes\nprocesses.MEET = 1\nprocesses.connect()"
+    for rank in range(2):
+        told = dict(zip(processes.VARIABLES, (free_address(), "2", str(rank)), strict=True))
+        alone = subprocess.run([sys.executable, "-c", code], env=os.environ | told, capture_output=True, text=True)
+        assert alone.returncode == 2 and alone.stderr.count("\n") == 1, alone.stderr
+        assert "the processes of this job do not find each other" in alone.stderr
 
 
 def test_the_environment_names_all_three_or_none(monkeypatch):

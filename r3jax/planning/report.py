@@ -25,8 +25,8 @@ def figures(program: Program, found: Compiled, state: Any, chip: Chip, chips: in
         "cache": program.cache,
         "temporaries": found.temporaries,
         "results and code": found.results + found.code,
-        # The compiler's layouts pad what lies in memory.
-        "padding": found.arguments - given,
+        # The compiler's layouts pad what lies in memory; what a program does not look at is none of its arguments.
+        "padding": max(0.0, found.arguments - given),
     }
     row: dict[str, Any] = {"program": program.name, "limit": chip.memory, "compiling": [found.took, found.worked]}
     if found.short:

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from r3jax.errors import UserError
-from r3jax.processes import gather, is_spread
+from r3jax.processes import gather, is_spread, leads, rank
 from r3jax.run.verify import DamagedError, agree, checksums, first_line, seal, unseal
 
 PyTree = Any
@@ -132,7 +132,7 @@ class Checkpointer:
             raise UserError(f"checkpoint {step} was damaged since it was written: {e}; give the command again.") from e
         self._scores[step] = content["score"] = self._value(metrics)
         content["meta"] |= meta
-        if jax.process_index() == 0:
+        if leads():
             part = file.with_name(file.name + ".part")
             try:
                 part.write_text(json.dumps(seal(content)), encoding="utf-8")
@@ -185,7 +185,7 @@ class Checkpointer:
             except DamagedError as e:
                 reasons.append(f"checkpoint {candidate} in {self.folder} is damaged: {e}")
                 continue
-            if reasons and jax.process_index() == 0:
+            if reasons and leads():
                 print(f"warning: {'; '.join(reasons)}; going on from step {candidate}", file=sys.stderr)
             if not partial:
                 self._whole = candidate
@@ -344,7 +344,7 @@ def _gather(text: str) -> list[str]:
 def _own(texts: list[str], folder: pathlib.Path) -> Any:
     """This process's entry; with another number of processes only where all entries are the same."""
     if len(texts) == jax.process_count():
-        return json.loads(texts[jax.process_index()])
+        return json.loads(texts[rank()])
     if len(set(texts)) > 1:
         raise UserError(f"{folder} was written by {len(texts)} processes; start as many to read it on.")
     return json.loads(texts[0])

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from r3jax import processes
+
 METRICS, SAMPLES, LEDGER, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "ledger.jsonl", "tensorboard"
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
 PLAIN_SHARE, PLAIN_SECONDS = 0.1, 60.0  # a plain line for each tenth of the steps, and each minute
@@ -48,7 +50,7 @@ class RunLog:
         self, workdir: pathlib.Path | str, resume_offset: Mapping[str, int] | None = None, quiet: bool = False
     ):
         self.workdir = pathlib.Path(workdir)
-        self._writes = jax.process_index() == 0
+        self._writes = processes.leads()
         self.console = Console(quiet=quiet or not self._writes, highlight=False)
         if not self.console.is_terminal:
             self.console.width = PLAIN_WIDTH

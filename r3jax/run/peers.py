@@ -25,8 +25,9 @@ import numpy as np
 from jax._src import distributed  # the coordinator's address; there is no public name for it
 from jax.experimental import multihost_utils
 
+from r3jax import processes
 from r3jax.errors import UserError
-from r3jax.run.stop import AGAIN
+from r3jax.run.stop import AGAIN, Alone
 from r3jax.run.verify import first_line
 
 TICK = 1.0  # seconds between signs of life
@@ -41,7 +42,7 @@ class Peers:
 
     def __init__(self, hang: float = 0.0):
         several = jax.distributed.is_initialized()  # else nothing need be known of devices
-        self.rank = jax.process_index() if several else 0
+        self.rank = processes.rank()
         self.count = jax.process_count() if several else 1
         self.hang = hang
         self._step, self._over = 0, threading.Lock()
@@ -64,7 +65,7 @@ class Peers:
         server = socket.create_server(("", 0)) if self.rank == 0 else None
         secret = np.frombuffer(secrets.token_bytes(16), np.uint8).astype(np.int32)  # strangers cannot end the job
         mine = np.append(secret, server.getsockname()[1] if server else 0)
-        *found, port = np.asarray(multihost_utils.broadcast_one_to_all(mine)).tolist()
+        *found, port = np.asarray(multihost_utils.broadcast_one_to_all(mine, is_source=self.rank == 0)).tolist()
         token = bytes(found).hex()
         if server is not None:
             self._names[0] = socket.gethostname()
@@ -96,6 +97,8 @@ class Peers:
         faulthandler.cancel_dump_traceback_later()
         if self.count == 1:
             return
+        if isinstance(error, Alone):
+            self._end(f"{self._called(self.rank)} was told to stop", code=AGAIN)
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0, AGAIN)):
             self._left.update(self._lines)
             self._tell({"bye": True})
@@ -133,7 +136,7 @@ class Peers:
                 if "bye" in said:
                     self._left.add(rank)
                 if "over" in said:
-                    self._end(said["over"], said.get("stacks", False))
+                    self._end(said["over"], said.get("stacks", False), said.get("code", 1))
         except TimeoutError:
             self._end(f"{self._called(rank)} has been silent for {self.hang:g} s", stacks=True)
         except (OSError, ValueError):
@@ -157,15 +160,16 @@ class Peers:
                 behind = ", ".join(map(self._called, mute or slow))
                 self._end(f"no step was done for {self.hang:g} s; behind is {behind}", stacks=True)
 
-    def _end(self, why: str, stacks: bool = False) -> None:
-        """Ends this process for another's sake, once; process 0 tells the rest."""
+    def _end(self, why: str, stacks: bool = False, code: int = 1) -> None:
+        """Ends this process for another's sake, or with all others for its own, once; process 0 tells the rest."""
         with self._over:
-            if self.rank == 0:
-                self._tell({"over": why, "stacks": stacks})
-            print(f"error: {why}; process {self.rank} ends with it", file=sys.stderr, flush=True)
+            if self.rank == 0 or code == AGAIN:
+                self._tell({"over": why, "stacks": stacks, "code": code})
+            told = "" if code == AGAIN else "error: "
+            print(f"{told}{why}; process {self.rank} ends with it", file=sys.stderr, flush=True)
             if stacks:
                 faulthandler.dump_traceback(all_threads=True)
-            _quit(1)
+            _quit(code)
 
     def _called(self, rank: int) -> str:
         return f"process {rank} of {self.count} ({self._names.get(rank, socket.gethostname())})"

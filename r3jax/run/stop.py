@@ -16,6 +16,20 @@ AGAIN = 75  # EX_TEMPFAIL
 _INTERRUPTED = 130
 
 
+class Alone(SystemExit):
+    """One process of several was told to stop, outside of a stage's loop: the others may not have been."""
+
+
+def on_term() -> None:
+    """For verbs without a loop that saves: a SIGTERM ends this process at once, with 75, and its peers."""
+    signal.signal(signal.SIGTERM, _end_alone)
+
+
+def _end_alone(number: int, frame: FrameType | None) -> None:
+    print("stopped; give the same command again", file=sys.stderr, flush=True)
+    raise Alone(AGAIN)
+
+
 class Stop:
     """A context in which the signals are ours; `asked` says that one has come."""
 
@@ -35,7 +49,7 @@ class Stop:
     def release(self) -> None:
         """After the last step: from here on a SIGTERM ends a process of several at once too."""
         if jax.process_count() > 1:
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, frame: self.end())
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _end_alone)
 
     def end(self) -> None:
         """Ends the process, from its main thread; finally clauses run."""

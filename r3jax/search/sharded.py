@@ -97,7 +97,10 @@ class ShardedIndex:
         found, scores[:, :depth] = self._local.search(queries, depth, exactly)
         rows[:, :depth] = found + self._first
         # [P, Q, k] -> [Q, P k]: lower rows first, and the sort is stable.
-        rows, scores = (np.moveaxis(self._job.gather(x), 0, 1).reshape(len(queries), -1).copy() for x in (rows, scores))
+        width = self._job.count * k
+        rows, scores = (
+            np.moveaxis(self._job.gather(x), 0, 1).reshape(len(queries), width).copy() for x in (rows, scores)
+        )
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
