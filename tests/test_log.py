@@ -143,7 +143,7 @@ def test_quiet_and_other_processes(tmp_path, capsys, monkeypatch):
         log.say("nothing")
         log.progress("sft", 2).update(2, {})
     assert len(lines(tmp_path / "quiet" / "metrics.jsonl")) == 2
-    monkeypatch.setattr(log_lib.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(log_lib.processes, "leads", lambda: False)
     with RunLog(tmp_path / "other") as log:
         run(log, 1, 2)
         log.say("nothing")
