@@ -488,6 +488,25 @@ def test_the_tpu_compiler():
     assert step["flops"] > 0 and step["seconds"]["overlapped"] > 0 and 0 < step["mfu"][0] <= step["mfu"][1] < 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e-256", "v6e-256", "v5p-128"])
+def test_every_split_of_a_slice_is_a_mesh(name):
+    """128 x 2 wants an axis of the torus in parts."""
+    code = f"""
+from r3jax.planning import topologies
+topology = topologies.read("{name}")
+topologies.prepare(topology)
+from r3jax.model.sharding import make_mesh
+devices = topologies.devices(topology)
+for tensor in (1, 2, 4):
+    for fsdp in (2**i for i in range(9) if 2**i * tensor <= len(devices)):
+        assert make_mesh(-1, fsdp, tensor, devices).size == len(devices)
+"""
+    paths = os.pathsep.join([str(ROOT / ".venv" / "libtpu"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": ""})
+    assert done.returncode == 0
+
+
 def test_no_import_chooses_devices():
     """Fake devices, and a cluster's processes, must be asked for before JAX first looks for devices."""
     code = "import r3jax.plan, jax\nassert not jax._src.xla_bridge._backends"

@@ -1,13 +1,14 @@
 """The mesh and the one rules table: which logical axis lies on which mesh axis.
 
-The mesh is Explicit (the default of `jax.make_mesh`), so a wrong sharding is a type error at trace time,
+The mesh is Explicit, so a wrong sharding is a type error at trace time,
 on one CPU device already. Parameters are stored sharded over `fsdp` and `tensor`; a layer gathers its
 weights over `fsdp` just before it uses them (ZeRO-3), and gradients scatter back by transposition.
 """
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from r3jax.errors import UserError
@@ -22,8 +23,8 @@ RULES = {"embed": "fsdp", "kv_heads": "tensor", "ffn": "tensor", "vocab": "tenso
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
     """An Explicit (data, fsdp, tensor) mesh over all devices; one size may be -1: what is left.
 
-    Raises UserError for a size that is neither positive nor -1, and when the sizes do not multiply to the
-    number of devices.
+    Raises UserError for a size that is neither positive nor -1, when the sizes do not multiply to the
+    number of devices, and for devices of several slices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = [data, fsdp, tensor]
@@ -41,7 +42,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> j
             f"config.mesh: {asked} does not multiply to the {len(devices)} devices there are; "
             "change one size or set it to -1."
         )
-    return jax.make_mesh(sizes, AXES, devices=devices)
+    if len({getattr(d, "slice_index", 0) for d in devices}) > 1:
+        raise UserError("config.mesh: the devices are of several TPU slices; start the job on one.")
+    # `jax.make_mesh` refuses 128 x 2 on a torus of 16 x 16, but for v5e.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def stored(axes: tuple[str | None, ...]) -> P:
