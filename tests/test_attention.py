@@ -36,6 +36,28 @@ def value_and_gradients(q, keys, values, segments, kernel):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, keys, values)
 
 
+@pytest.mark.parametrize(("length", "blocks"), [(40, 1), (64, 2), (80, 2), (160, 4), (256, 8)])
+def test_in_blocks_it_is_the_same(length, blocks):
+    rng = np.random.default_rng(1)
+    q = rng.normal(size=(2, length, K, M, H)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, length, K, H)).astype(np.float32)
+    segments = np.sort(rng.integers(1, 4, (2, length)), axis=1).astype(np.int32)
+    segments[:, length - 5 :] = 0
+    branches = np.where(np.arange(length) % 40 < 20, 0, rng.integers(1, 3, (2, length))).astype(np.int32)
+    seen = attention.visible(segments, branches)
+
+    def both(which):
+        return lambda *args: (jnp.sin(which(*args, seen)).sum(), which(*args, seen))
+
+    (_, want), gradients = jax.value_and_grad(both(attention._plain), (0, 1, 2), has_aux=True)(q, keys, values)
+    (_, got), found = jax.value_and_grad(both(attention._in_blocks), (0, 1, 2), has_aux=True)(q, keys, values)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for a, b in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+    program = jax.make_jaxpr(lambda *args: attention.attend(*args, seen))(q, keys, values)
+    assert str(program).count("dot_general") == 2 * blocks  # on CPU it is taken
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_splash_equals_xla(inputs, sharded):
     (_, want), gradients = jax.jit(value_and_gradients, static_argnums=4)(*inputs, "xla")
