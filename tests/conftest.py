@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 # Files that take longest begin first, so that two workers end at about the same time.
-LONGEST = ("test_readme.py", "test_train.py", "test_lora_training.py", "test_study.py")
+LONGEST = ("test_readme.py", "test_processes.py", "test_train.py", "test_lora_training.py", "test_study.py")
 
 
 def pytest_collection_modifyitems(items):

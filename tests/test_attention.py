@@ -36,7 +36,7 @@ def value_and_gradients(q, keys, values, segments, kernel):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, keys, values)
 
 
-@pytest.mark.parametrize(("length", "blocks"), [(40, 1), (64, 2), (80, 2), (160, 4), (256, 8)])
+@pytest.mark.parametrize(("length", "blocks"), [(40, 1), (80, 2), (256, 8)])
 def test_in_blocks_it_is_the_same(length, blocks):
     rng = np.random.default_rng(1)
     q = rng.normal(size=(2, length, K, M, H)).astype(np.float32)

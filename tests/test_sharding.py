@@ -117,19 +117,19 @@ def test_eight_devices_compute_what_one_does():
 
 
 # 32 rows at the beginning are more than the width, 16, and 4 times 2 are fewer: then they go to the weights.
-@pytest.mark.parametrize(("group", "tied"), [(8, False), (2, False), (2, True)])
-def test_eight_devices_sample_what_one_does(monkeypatch, group, tied):
+@pytest.mark.parametrize(("group", "tied", "mesh"), [(8, False, (1, 4, 2)), (2, True, (2, 2, 2))])
+def test_eight_devices_sample_what_one_does(monkeypatch, group, tied, mesh):
     monkeypatch.setattr(sampler, "LOOK", 2)  # so that rows leave, on each device as many
     config = sizes(vocab=12, tied=tied)
     host = jax.device_get(weights(config))
     prompts, lengths = padded(np.random.default_rng(0), [7, 2, 5, 4], 7, config.vocab)
     results = []
-    for shape in ((1, 1, 1), (1, 4, 2), (2, 2, 2)):
-        mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-        with jax.set_mesh(mesh):
+    for shape in ((1, 1, 1), mesh):
+        where = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        with jax.set_mesh(where):
             done = sample(
-                jax.device_put(host, model_params.shardings(config, mesh)),
-                *put_batch(mesh, (prompts, lengths, np.arange(4, dtype=np.int32))),
+                jax.device_put(host, model_params.shardings(config, where)),
+                *put_batch(where, (prompts, lengths, np.arange(4, dtype=np.int32))),
                 jax.random.key(0),
                 config=config,
                 group=group,
@@ -139,12 +139,11 @@ def test_eight_devices_sample_what_one_does(monkeypatch, group, tied):
                 stop_ids=(3,),
             )
         results.append(jax.device_get(done))
-    one, *others = results
-    for eight in others:
-        np.testing.assert_array_equal(eight.tokens, one.tokens)
-        np.testing.assert_array_equal(eight.mask, one.mask)
-        np.testing.assert_allclose(eight.logp, one.logp, atol=1e-5)
-        np.testing.assert_allclose(eight.embedding, one.embedding, atol=1e-4)
+    one, eight = results
+    np.testing.assert_array_equal(eight.tokens, one.tokens)
+    np.testing.assert_array_equal(eight.mask, one.mask)
+    np.testing.assert_allclose(eight.logp, one.logp, atol=1e-5)
+    np.testing.assert_allclose(eight.embedding, one.embedding, atol=1e-4)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
