@@ -57,9 +57,7 @@ def processes_of(argv: list[str], count: int, devices: int) -> list[subprocess.P
 
 def train(folder, count: int, devices: int, run: str) -> None:
     """`r3jax.train` to its end."""
-    # Kept programs are found by process 0 alone, which would then be half a minute ahead: too far for gloo.
-    cache = {"xla_cache": folder / "no-cache"} if count > 1 else {}
-    argv = ["-m", "r3jax.train", *flags(folder, **SHORT | cache), f"--workdir={folder / run}"]
+    argv = ["-m", "r3jax.train", *flags(folder, **SHORT), f"--workdir={folder / run}"]
     finish(processes_of(argv, count, devices))
 
 
