@@ -100,8 +100,7 @@ def _initialise(**given: Any) -> None:
     # Gloo gives a group of devices 30 seconds to meet for the first time. Now all are here; later one may compile.
     gather(np.zeros(1, np.uint8))
     if jax.default_backend() == "cpu":
-        # Kept programs are found by process 0 alone, and a CPU's, read back, run their collectives in another order than
-        # one that another process has compiled: gloo then ends the job.
+        # Only process 0 would find kept programs, and be too far ahead of those that compile.
         jax.config.update("jax_enable_compilation_cache", False)
         count = jax.device_count()
         with jax.set_mesh(jax.make_mesh((count,), (AXIS,))):

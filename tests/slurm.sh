@@ -43,6 +43,7 @@ ReturnToService=2
 KillWait=90
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=2,bf_interval=2
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=17818 CPUs=1
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17819 CPUs=1
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=90

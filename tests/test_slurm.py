@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("slurmctld") or os.geteuid() != 0, reason="as root: tests/slurm.sh install"),
 ]
 SBATCH = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]
-STEPS = 12
+STEPS = 150  # longer than Slurm takes to preempt
 
 
 @pytest.fixture

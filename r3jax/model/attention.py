@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from r3jax.errors import UserError
-from r3jax.model.sharding import BATCH, RULES, has_mesh, out
+from r3jax.model.sharding import BATCH, RULES, has_mesh, out, platform
 
 KERNELS = ("xla", "splash", "cudnn")  # the first runs everywhere
 _HEADS = RULES["kv_heads"]
@@ -69,7 +69,7 @@ def attend(
     seen: what `visible` gives, made once for all layers; for `splash`, which knows no branches, the segments [B, L].
     """
     if kernel == "xla":
-        return (_in_blocks if _platform() == "cpu" else _plain)(q, keys, values, seen)
+        return (_in_blocks if platform() == "cpu" else _plain)(q, keys, values, seen)
     fused = {"splash": _splash, "cudnn": _cudnn}[kernel]
     if has_mesh():  # a kernel is opaque to the partitioner: each device runs it on its rows and heads
         kv = P(BATCH, None, _HEADS, None)
@@ -114,12 +114,6 @@ def _padded(length: int, *arrays: jax.Array) -> list[jax.Array]:
     return [jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)) for x in arrays]
 
 
-def _platform() -> str:
-    """Of the devices that the program is for, which need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
 def _splash(q, keys, values, segments):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Pallas takes a while to import
 
@@ -141,7 +135,7 @@ def _splash(q, keys, values, segments):
     )
     mask = splash.MultiHeadMask([splash.CausalMask((full, full))] * (kv_heads * group))
     kernel = splash.make_splash_mha(
-        mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=_platform() == "cpu"
+        mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=platform() == "cpu"
     )
     mixed = jax.vmap(kernel)(q, keys, values, splash.SegmentIds(segments, segments))
     return jnp.transpose(mixed, (0, 2, 1, 3)).reshape(batch, full, kv_heads, group, dim)[:, :length]

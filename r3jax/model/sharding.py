@@ -74,9 +74,10 @@ def brought(weight: jax.Array, axes: tuple[str | None, ...], gathered: bool = Tr
     """The stored weight where `where` says.
 
     On the way back the gradient's sum over the batch goes in two steps, each device keeping its part of the first, over
-    `fsdp`; summed over `data` is then that part alone. Said at once, all is summed over both and then cut.
+    `fsdp`; summed over `data` is then that part alone. Said at once, all is summed over both and then cut. Not on CPU:
+    there the sums of two processes were seen to meet in another order, which gloo does not survive.
     """
-    if not gathered or not has_mesh():
+    if not gathered or not has_mesh() or platform() == "cpu":
         return place(weight, where(axes, gathered)[0])
     weight = jax.reshard(weight, P(*stored(axes), reduced={"data"}))
     return jax.reshard(weight, P(*used(axes), reduced=set(BATCH)))
@@ -95,6 +96,12 @@ def few(rows: int, width: int) -> bool:
 
 def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def platform() -> str:
+    """Of the devices that the program is for, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def place(x: jax.Array, spec: P) -> jax.Array:
