@@ -54,7 +54,7 @@ def wait_for(what, job: str, seconds: float = 900.0) -> None:
 
 def test_a_preempted_job_saves_requeues_and_comes_to_the_same_end(tmp_path, slurm):
     write_dataset(tmp_path / "data")
-    changes = {"sft__steps": STEPS, "evaluate__every": 0, "checkpoint__every": 100}
+    changes = {"sft__steps": STEPS, "evaluate__every": 0, "checkpoint__every": 1000}
     env = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
     def submit(name: str) -> str:
