@@ -97,11 +97,14 @@ def _initialise(**given: Any) -> None:
         raise UserError(_lost(str(e).splitlines()[0])) from None
     finally:
         late.cancel()
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:
+        # Only process 0 would find kept programs, and be too far ahead of those that compile. Before anything is
+        # compiled: JAX asks once.
+        jax.config.update("jax_enable_compilation_cache", False)
     # Gloo gives a group of devices 30 seconds to meet for the first time. Now all are here; later one may compile.
     gather(np.zeros(1, np.uint8))
-    if jax.default_backend() == "cpu":
-        # Only process 0 would find kept programs, and be too far ahead of those that compile.
-        jax.config.update("jax_enable_compilation_cache", False)
+    if on_cpu:
         count = jax.device_count()
         with jax.set_mesh(jax.make_mesh((count,), (AXIS,))):
             jax.block_until_ready(jnp.sum(jax.jit(partial(jnp.ones, count), out_shardings=P(AXIS))()))

@@ -135,7 +135,7 @@ def _short(message: str) -> float | None:
     ):
         dense, sparse, there = used
         return dense + sparse - there
-    # Temporaries alone are too large, so it has not counted the arguments: at least so many.
+    # Whatever it says, arguments are among these: it refuses by the sum.
     if over := sizes(rf"total memory required for HLO temporaries \({SIZE}\) exceeds available HBM \({SIZE}\)"):
         return over[0] - over[1]
     return None
