@@ -99,8 +99,9 @@ def _initialise(**given: Any) -> None:
         late.cancel()
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
-        # Only process 0 would find kept programs, and be too far ahead of those that compile. Before anything is
-        # compiled: JAX asks once.
+        # Only process 0 would find kept programs: it would be too far ahead of those that compile, and a program that
+        # is read back was seen to sum in another order than one just compiled, which gloo does not survive. Before
+        # anything is compiled: JAX asks once.
         jax.config.update("jax_enable_compilation_cache", False)
     # Gloo gives a group of devices 30 seconds to meet for the first time. Now all are here; later one may compile.
     gather(np.zeros(1, np.uint8))

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from r3jax.model.decoding import KVCache, decode_step
 from r3jax.model.hugging_face import from_hugging_face
 from r3jax.model.params import flatten
 from r3jax.model.qwen2 import (
     Block,
     Decoder,
-    KVCache,
     RMSNorm,
-    decode_step,
     hidden_states,
     logits,
     parameter_table,

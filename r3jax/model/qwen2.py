@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -103,21 +102,6 @@ def parameter_table(c: ModelConfig) -> Table:
     if not c.tied:
         table["unembed/table"] = ((c.vocab, c.width), ("vocab", "embed"))
     return table
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of one decoding batch: B prompts, G samples each; one entry per layer.
-
-    The prompt's part is stored once and shared by its samples. Tokens lie side by side within a head, which is how
-    attention multiplies them: the other way round a step copies the whole cache first.
-    """
-
-    prompt_k: tuple[Float[Array, "B K P H"], ...]
-    prompt_v: tuple[Float[Array, "B K P H"], ...]
-    prompt_valid: Bool[Array, "B P"]
-    new_k: tuple[Float[Array, "B G K T H"], ...]
-    new_v: tuple[Float[Array, "B G K T H"], ...]
 
 
 class Linear(nn.Module):
@@ -398,19 +382,3 @@ def unstack(params, config: ModelConfig) -> dict:
     """The same parameters with a tuple of per-layer trees: done once, before a decoding loop."""
     layers = tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.layers))
     return {**params, "layers": layers}
-
-
-def decode_step(
-    params, config: ModelConfig, tokens: Int[Array, "B G"], positions: Int[Array, "B G"], cache: KVCache, slot
-) -> tuple[Float[Array, "B G D"], KVCache]:
-    """One new token for each sample, written to `slot` of the cache. `params` as `unstack` returns them."""
-    gathered = not few(tokens.size, config.width)
-    x: Any = Embed(config, gathered).apply({"params": params["embed"]}, tokens)
-    new = []
-    for i, layer in enumerate(params["layers"]):
-        memory = (cache.prompt_k[i], cache.prompt_v[i], cache.prompt_valid, cache.new_k[i], cache.new_v[i])
-        x, kv = Block(config, gathered).apply({"params": layer}, x, positions, None, memory, slot)
-        new.append(kv)
-    x = RMSNorm(config).apply({"params": params["final_norm"]}, x)
-    new_k, new_v = zip(*new, strict=True)
-    return x, cache.replace(new_k=new_k, new_v=new_v)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from r3jax.model.qwen2 import KVCache
+from r3jax.model.decoding import KVCache
 from r3jax.model.sharding import BATCH, batch_parts, has_mesh, out
 
 

@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from r3jax.model.decoding import KVCache, decode_step
 from r3jax.model.qwen2 import (
     Decoder,
-    KVCache,
     ModelConfig,
-    decode_step,
     logits,
     right_padded,
     unstack,

@@ -74,10 +74,9 @@ def brought(weight: jax.Array, axes: tuple[str | None, ...], gathered: bool = Tr
     """The stored weight where `where` says.
 
     On the way back the gradient's sum over the batch goes in two steps, each device keeping its part of the first, over
-    `fsdp`; summed over `data` is then that part alone. Said at once, all is summed over both and then cut. Not on CPU:
-    there the sums of two processes were seen to meet in another order, which gloo does not survive.
+    `fsdp`; summed over `data` is then that part alone. Said at once, all is summed over both and then cut.
     """
-    if not gathered or not has_mesh() or platform() == "cpu":
+    if not gathered or not has_mesh():
         return place(weight, where(axes, gathered)[0])
     weight = jax.reshard(weight, P(*stored(axes), reduced={"data"}))
     return jax.reshard(weight, P(*used(axes), reduced=set(BATCH)))
