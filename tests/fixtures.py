@@ -22,6 +22,7 @@ from r3jax.assembly import Parts
 from r3jax.model import params as model_params
 from r3jax.model.sharding import make_mesh
 from r3jax.run import config as run_config
+from tests import xla
 
 ROOT = pathlib.Path(__file__).parent.parent
 XLA_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
@@ -177,8 +178,7 @@ def parts(folder: pathlib.Path, mesh: tuple[int, int, int] = (1, 1, 1), file: st
 
 def run_python(*argv: str, devices: int = 1, **kwargs) -> subprocess.Popen:
     """Starts `python argv...` at the repository's root, seeing so many fake devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # see conftest.py
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": XLA_CACHE}
+    env = os.environ | {"XLA_FLAGS": xla.flags(devices), "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": XLA_CACHE}
     return subprocess.Popen(
         [sys.executable, *argv],
         cwd=ROOT,

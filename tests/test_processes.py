@@ -18,7 +18,7 @@ from r3jax.errors import UserError
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.search import sharded
 from r3jax.search.index import VersionedIndex
-from tests import two_hosts
+from tests import two_hosts, xla
 from tests.fixtures import ROOT, flags, write_dataset
 
 # No validation between, and one split, so that little is compiled. Fewer steps of stage 1 leave documents that move
@@ -45,8 +45,7 @@ def free_address() -> str:
 def processes_of(argv: list[str], count: int, devices: int) -> list[subprocess.Popen]:
     """Starts `python argv` as `count` processes of a job, of so many fake devices each."""
     address = free_address()
-    given = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    env = os.environ | {"XLA_FLAGS": given, "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": xla.flags(devices), "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     found = []
     for rank in range(count):

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from tests import fixtures
+from tests import fixtures, xla
 from tests.serving_process import serving
 
 COMMAND = re.compile(r" {4}((python|make|git|bash|pip) .*?)(\s{2,}#.*)?")
@@ -78,7 +78,7 @@ def home(tmp_path_factory):
     shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
     env = os.environ | {
         "PATH": f"{shim.parent}:{os.environ['PATH']}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",  # see conftest.py
+        "XLA_FLAGS": xla.flags(1),
         "JAX_COMPILATION_CACHE_DIR": fixtures.XLA_CACHE,
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(home),  # in place of pip install -e .
