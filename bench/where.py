@@ -5,7 +5,8 @@ of the median length; 32 tokens of `bench.rollout`'s 64 rows. Each compiled oper
 the source that it was compiled from, and, of the step, under the pass: forward, recomputed (what is not kept for the
 backward pass), backward. A fused operation is booked under the part of its last one. Operations overlap, so their
 seconds add up to more than the clock's. "alone" is the speed that the part's products have by themselves, the same
-shapes without anything around: how long all of them would take so is the limit that is printed.
+shapes, backward ones too, without anything around. How long all of them would take so is printed beside the clock: an
+estimate of the limit, not a bound, for the machine's speed wanders between the two.
 """
 
 import collections
@@ -53,8 +54,11 @@ def products(size: str, rows: float, last: bool = True) -> dict[str, float]:
     return {part: 2.0 * rows * count for part, count in (each | {"logits": width * vocab}).items()}
 
 
-def alone(size: str, rows: int) -> dict[str, float]:
-    """Operations per second of the products that `products` counts, each part's by themselves."""
+def alone(size: str, rows: int, trained: bool) -> dict[str, float]:
+    """Operations per second of the products that `products` counts, each part's by themselves.
+
+    trained: with the two of the backward pass, for the inputs and for the weight.
+    """
     _, width, heads, kv_heads, head_dim, ffn, vocab = models.SIZES[size]
     shapes = {
         "MLP": [(width, ffn), (width, ffn), (ffn, width)],
@@ -65,19 +69,23 @@ def alone(size: str, rows: int) -> dict[str, float]:
         ],
         "logits": [(width, vocab)],
     }
-    multiply, found = jax.jit(jnp.matmul), {}
+    forward = jax.jit(jnp.matmul)
+    for_inputs, for_weight = jax.jit(lambda dy, w: dy @ w.T), jax.jit(lambda x, dy: x.T @ dy)
+    found = {}
     for part, each in shapes.items():
         seconds = count = 0.0
         for inputs, outputs in each:
-            x, w = jnp.ones((rows, inputs)), jnp.ones((inputs, outputs))
-            multiply(x, w).block_until_ready()
-            seconds += peaks.best(lambda x=x, w=w: multiply(x, w).block_until_ready())
-            count += 2.0 * rows * inputs * outputs
+            x, w, dy = jnp.ones((rows, inputs)), jnp.ones((inputs, outputs)), jnp.ones((rows, outputs))
+            backward = [(for_inputs, dy, w), (for_weight, x, dy)] if trained else []
+            for call, *given in [(forward, x, w), *backward]:
+                call(*given).block_until_ready()
+                seconds += peaks.best(lambda call=call, given=given: call(*given).block_until_ready())
+                count += 2.0 * rows * inputs * outputs
         found[part] = count / seconds
     return found
 
 
-def step(folder: str, size: str) -> Work:
+def step(folder: str, size: str, calls: int) -> Work:
     made = sft.Step(folder, sft.PAIRS[size])
     batch = made.batches[0]
     made(batch)
@@ -86,7 +94,7 @@ def step(folder: str, size: str) -> Work:
     return lambda: made(batch), list(made.programs.values()), need, rows
 
 
-def encoding(folder: str, size: str) -> Work:
+def encoding(folder: str, size: str, calls: int) -> Work:
     from r3jax.model.encoder import bucket_of, embed_jit, pad
     from r3jax.model.qwen2 import UNROLLED
     from r3jax.model.sharding import put_batch
@@ -103,7 +111,7 @@ def encoding(folder: str, size: str) -> Work:
     return lambda: call(config=it.model).block_until_ready(), [program], need, tokens.size
 
 
-def decoding(folder: str, size: str) -> Work:
+def decoding(folder: str, size: str, calls: int) -> Work:
     from r3jax.model import sampler
     from r3jax.model.encoder import bucket_of, pad
     from r3jax.model.sharding import put_batch
@@ -121,7 +129,7 @@ def decoding(folder: str, size: str) -> Work:
 
     weights, key = sampler.unstacked(it.params, it.model), jax.random.key(0)
     program = sampler.decode.lower(weights, begun(), key, **options, **ends).compile()
-    states = iter([jax.block_until_ready(begun()) for _ in range(12)])
+    states = iter([jax.block_until_ready(begun()) for _ in range(calls)])
     jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends))
     side_by_side = rollout.PROMPTS * rollout.GROUP
     need = products(size, side_by_side * sampler.LOOK)
@@ -166,7 +174,7 @@ def main(sizes: list[str], rounds: int) -> None:
     for size in sizes:
         for name, work in WORKS.items():
             with models.folder(size) as folder, tempfile.TemporaryDirectory() as traces:
-                run, programs, need, rows = work(folder, size)
+                run, programs, need, rows = work(folder, size, 2 * rounds + 2)
                 run()
                 began = time.perf_counter()
                 for _ in range(rounds):
@@ -177,7 +185,7 @@ def main(sizes: list[str], rounds: int) -> None:
                         run()
                 sources = {op: path for program in programs for op, path in operations(program.as_text()).items()}
                 booked, lost = seconds_by_part(pathlib.Path(traces), sources)
-            by_itself = alone(size, rows)
+            by_itself = alone(size, rows, work is step)
             least = sum(count / by_itself[part] for part, count in need.items())
             print(f"{size}, {name}: {clock:.3f} s; its products of weights alone: {least:.3f} s\n")
             print(report(booked, lost, need, by_itself, rounds), "\n", flush=True)

@@ -15,8 +15,11 @@ python=${PYTHON:-$here/.venv/bin/python}
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 # Transparent huge pages for malloc: page faults cost a quarter of a step on CPU (see Makefile).
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
-[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
+case ${CUDA_VISIBLE_DEVICES-all} in
+all) gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true) ;;
+'' | -1 | NoDevFiles) gpus=0 ;; # hidden
+*) gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .) ;;
+esac
 [ "${JAX_PLATFORMS:-}" != cpu ] || gpus=0
 if ((gpus)); then
   # shellcheck source=launch/env_gpu.sh
@@ -24,7 +27,10 @@ if ((gpus)); then
 fi
 ((count == 1)) && exec "$python" -m r3jax "$@"
 
-((gpus % count == 0)) || { echo "error: $gpus GPUs are not shared evenly by $count processes." >&2; exit 2; }
+((gpus % count == 0)) || {
+  echo "error: $gpus GPUs are not shared evenly by $count processes; change N, or set JAX_PLATFORMS=cpu." >&2
+  exit 2
+}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count
 each=$((gpus / count))

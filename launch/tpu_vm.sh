@@ -4,7 +4,7 @@
 #   launch/tpu_vm.sh create                  asks for the slice and waits until it is there
 #   launch/tpu_vm.sh sync                    copies this working tree to every host and installs it
 #   launch/tpu_vm.sh run train --config=…    runs a verb on all hosts, and again as long as it ends with 75;
-#                                            Ctrl-C tells all hosts to save and end
+#                                            Ctrl-C and SIGTERM tell all hosts to save and end, and wait for that
 #   launch/tpu_vm.sh delete
 # The exit code is gcloud's: of `run`, the first that is not 0 among the hosts'.
 set -euo pipefail
@@ -52,15 +52,16 @@ run)
   (($#)) || fail "say what: launch/tpu_vm.sh run train --config=configs/rl.py"
   words=$(printf '%q ' "$@")
   code=75 stopped=
-  trap 'stopped=1' INT TERM # ends gcloud here, while the hosts would go on
+  trap 'stopped=1' INT TERM
   while ((code == 75)) && [ -z "$stopped" ]; do
-    code=0
-    everywhere "cd r3jax && exec .venv/bin/python -m r3jax $words" || code=$?
+    # A Ctrl-C would end gcloud here, while the hosts go on; as it is, it ends when they have.
+    (trap '' INT && everywhere "cd r3jax && exec .venv/bin/python -m r3jax $words") </dev/null &
+    told=
+    while code=0 && wait "$!" || code=$?; [ -n "$stopped" ] && [ -z "$told" ]; do # a signal ends the wait early
+      told=1
+      everywhere "pkill -TERM -f '[p]ython -m r3jax' || true"
+    done
   done
-  if [ -n "$stopped" ]; then
-    everywhere "pkill -TERM -f '[p]ython -m r3jax' || true"
-    code=75
-  fi
   exit "$code"
   ;;
 delete)

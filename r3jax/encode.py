@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
     dtype = given.choice("dtype", ("float32", "float16"), "float32")
     max_length, batch_size = given.whole("max-length"), given.whole("batch-size")
     on_error = given.choice("on-error", ("strict", "skip"), "strict")
+    stop.on_term()
     processes.connect()
-    stop.on_term()  # JAX takes it where there are several processes, and nobody asks
     with Peers():  # what ends one process ends all
         documents, prompt = Documents(data, on_error=on_error), given.flags["prompt"]
         check_out(pathlib.Path(out))

@@ -64,8 +64,8 @@ class Task:
 
 
 def main(argv: list[str]) -> None:
+    stop.on_term()
     processes.connect()
-    stop.on_term()  # JAX takes it where there are several processes, and nobody asks
     with Peers():  # what ends one process ends all
         if not argv or argv[0].startswith("-"):
             of_run(argv)

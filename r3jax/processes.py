@@ -28,6 +28,7 @@ from r3jax.errors import UserError
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 AXIS = "process"
 MEET = 300  # seconds that processes have to find each other
+PATIENCE = 12  # times that where a scheduler may start them one by one, as nodes come
 LISTEN = 1000  # milliseconds of waiting between which signals are seen
 _waits = itertools.count()
 
@@ -52,8 +53,10 @@ class Processes:
         return slice(self.index * block, min(size, (self.index + 1) * block))
 
 
-def connect() -> None:
+def connect(saves: bool = False) -> None:
     """Joins the other processes of this job, where there are any; to be called before jax is asked for a device.
+
+    saves: whether the work asks JAX when to stop and save; without, a SIGTERM is not JAX's.
 
     JAX recognises Slurm, TPU pods and OpenMPI by itself. Elsewhere (Kubernetes, launch/local.sh) the VARIABLES tell:
     process 0 as host:port, how many there are, and which one this is.
@@ -62,6 +65,7 @@ def connect() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    jax.config.update("jax_enable_preemption_service", saves)
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if not given:
         env = os.environ
@@ -84,19 +88,24 @@ def connect() -> None:
 
 
 def _initialise(**given: Any) -> None:
-    def give_up() -> None:
-        print(f"error: {_lost(f'some had not come after {MEET} s')}", file=sys.stderr, flush=True)
-        os._exit(2)
+    told = bool(given)
+    limit = MEET * (PATIENCE if told else 1)
+    met = threading.Event()
 
-    late = threading.Timer(MEET, give_up)  # JAX would abort, with a trace
-    late.daemon = True
-    late.start()
+    def watch() -> None:
+        if told and not met.wait(MEET):
+            print(f"waiting for the other processes of this job, {limit} s at most", file=sys.stderr, flush=True)
+        if not met.wait(limit - MEET if told else limit):
+            print(f"error: {_lost(f'some had not come after {limit} s', told)}", file=sys.stderr, flush=True)
+            os._exit(2)  # JAX would abort, with a trace
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
-        jax.distributed.initialize(**given, initialization_timeout=2 * MEET)
+        jax.distributed.initialize(**given, initialization_timeout=2 * limit)
     except (ValueError, RuntimeError) as e:
-        raise UserError(_lost(str(e).splitlines()[0])) from None
+        raise UserError(_lost(str(e).splitlines()[0], told)) from None
     finally:
-        late.cancel()
+        met.set()
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
         # Only process 0 would find kept programs: it would be too far ahead of those that compile, and a program that
@@ -106,15 +115,14 @@ def _initialise(**given: Any) -> None:
     # Gloo gives a group of devices 30 seconds to meet for the first time. Now all are here; later one may compile.
     gather(np.zeros(1, np.uint8))
     if on_cpu:
-        count = jax.device_count()
-        with jax.set_mesh(jax.make_mesh((count,), (AXIS,))):
-            jax.block_until_ready(jnp.sum(jax.jit(partial(jnp.ones, count), out_shardings=P(AXIS))()))
+        with jax.set_mesh(_line(jax.devices())):
+            ones = jax.jit(partial(jnp.ones, jax.device_count()), out_shardings=P(AXIS))
+            jax.block_until_ready(jnp.sum(ones()))
 
 
-def _lost(why: str) -> str:
-    return (
-        f"the processes of this job do not find each other ({why}); start all, and set {', '.join(VARIABLES)} for each."
-    )
+def _lost(why: str, told: bool) -> str:
+    hint = f", and set {', '.join(VARIABLES)} for each" if told else ""
+    return f"the processes of this job do not find each other ({why}); start all{hint}."
 
 
 def rank() -> int:
@@ -187,7 +195,12 @@ def hosts() -> jax.sharding.Mesh:
     first: dict[int, Any] = {}
     for device in jax.devices("cpu"):
         first.setdefault(device.process_index, device)
-    return jax.make_mesh((len(first),), (AXIS,), devices=[first[i] for i in sorted(first)])
+    return _line([first[i] for i in sorted(first)])
+
+
+def _line(devices: list) -> jax.sharding.Mesh:
+    """Not by `jax.make_mesh`: to it each machine's CPUs, and GPUs, are a slice, and it takes no two."""
+    return jax.sharding.Mesh(np.array(devices), (AXIS,), axis_types=(jax.sharding.AxisType.Explicit,))
 
 
 def spread(mine: np.ndarray, size: int) -> jax.Array:

@@ -2,8 +2,8 @@
 
     python -m r3jax.train --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...] [--accept=NAMES]
 
-One loop for both stages. A run that was stopped goes on, bit for bit, when the same command is given again. SIGTERM and
-Ctrl-C save first, and exit with 75.
+One loop for both stages. A run that was stopped goes on, bit for bit, when the same command is given again. SIGTERM
+saves first and exits with 75; so does Ctrl-C, of one process.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
     """Trains by a command line. make_stage: who makes the stages, for a study that watches one."""
     # Config
     parsed = run_config.parse(argv, "r3jax.train", fingerprint.FLAG, several=("accept",))
-    processes.connect()
+    processes.connect(saves=True)
     config, workdir = parsed.config, parsed.workdir
     accept = fingerprint.accepted(parsed.flags["accept"], config)
     quiet_libraries()

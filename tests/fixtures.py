@@ -178,7 +178,11 @@ def parts(folder: pathlib.Path, mesh: tuple[int, int, int] = (1, 1, 1), file: st
 
 def run_python(*argv: str, devices: int = 1, **kwargs) -> subprocess.Popen:
     """Starts `python argv...` at the repository's root, seeing so many fake devices."""
-    env = os.environ | {"XLA_FLAGS": xla.flags(devices), "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": XLA_CACHE}
+    env = os.environ | {
+        "XLA_FLAGS": xla.flags(devices),
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": XLA_CACHE,
+    }
     return subprocess.Popen(
         [sys.executable, *argv],
         cwd=ROOT,

@@ -61,6 +61,11 @@ class Bench:
         return done.returncode, log.read_text().splitlines(), done.stderr
 
 
+def hears_ctrl_c() -> None:
+    """For a child: tests that run in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_is_clean(script):
     checker = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -109,14 +114,27 @@ def test_tpu_runs_again_on_75_alone_and_passes_other_codes(tmp_path):
     assert (code, calls) == (2, []) and "set ZONE" in said
 
 
-def test_a_stop_of_a_tpu_run_reaches_the_hosts(tmp_path):
-    """Ctrl-C ends the ssh here, not what runs there."""
-    bench = Bench(tmp_path, "gcloud")
-    (tmp_path / "gcloud").write_text(
-        STUB.replace("code=$(", "[[ $* == *pkill* ]] || { kill -INT $PPID; exit 130; }\ncode=$(", 1)
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ended", [75, 0])
+def test_a_stop_of_a_tpu_run_reaches_the_hosts_and_waits_for_them(tmp_path, sign, ended):
+    log, gcloud = tmp_path / "log", tmp_path / "gcloud"
+    gcloud.write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in *pkill*) echo "$*" >> "$LOG"; exit;; esac\n'
+        'echo up >> "$LOG"; until grep -q TERM "$LOG"; do sleep 0.1; done\n'
+        'sleep 0.3; echo saved >> "$LOG"; exit "$ENDED"\n'
     )
-    code, calls, _ = bench.run(str(LAUNCH / "tpu_vm.sh"), "run", "train", **TPU)
-    assert (code, len(calls)) == (75, 2) and "pkill" in calls[1] and "TERM" in calls[1]
+    gcloud.chmod(0o755)
+    log.write_text("")
+    env = os.environ | TPU | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "ENDED": str(ended)}
+    script = [LAUNCH / "tpu_vm.sh", "run", "train"]
+    job = subprocess.Popen(script, env=env, start_new_session=True, preexec_fn=hears_ctrl_c)
+    while "up" not in log.read_text():
+        time.sleep(0.05)
+    os.killpg(job.pid, sign) if sign == signal.SIGINT else job.terminate()
+    assert job.wait(60) == ended
+    said = log.read_text().splitlines()
+    assert said[0] == "up" and "pkill -TERM" in said[1] and said[2:] == ["saved"]
 
 
 def test_slurm_requeues_on_75_alone_and_passes_other_codes(tmp_path):
@@ -153,6 +171,8 @@ def test_local_tells_each_process_who_it_is_and_passes_codes(tmp_path):
         ("GPU 0: H100\nGPU 1: H100\nGPU 2: H100\nGPU 3: H100", {}, ["0,1", "2,3"]),
         ("GPU 0: H100\nGPU 1: H100\nGPU 2: H100\nGPU 3: H100", {"CUDA_VISIBLE_DEVICES": "2,3"}, ["0", "1"]),
         ("GPU 0: H100\nGPU 1: H100", {"JAX_PLATFORMS": "cpu"}, ["", ""]),
+        ("GPU 0: H100", {"CUDA_VISIBLE_DEVICES": ""}, ["", ""]),
+        ("GPU 0: H100", {"CUDA_VISIBLE_DEVICES": "-1"}, ["", ""]),
     ],
 )
 def test_local_shares_the_gpus_that_are_there(tmp_path, said, env, ids):
@@ -183,10 +203,7 @@ def test_a_stop_of_local_reaches_all_and_is_waited_for(tmp_path):
         log.write_text("")
         env = os.environ | {"PYTHON": str(fake), "LOG": str(log)}
         job = subprocess.Popen(
-            [LAUNCH / "local.sh", "2", "train"],
-            env=env,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background ignore it
+            [LAUNCH / "local.sh", "2", "train"], env=env, start_new_session=True, preexec_fn=hears_ctrl_c
         )
         while log.read_text().count("ready") < 2:
             time.sleep(0.05)

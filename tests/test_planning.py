@@ -18,7 +18,7 @@ from bench import plan_table
 from configs.base import QWEN2_5
 from r3jax import plan
 from r3jax.errors import UserError
-from r3jax.model import sampler
+from r3jax.model import attention, sampler
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import make_mesh
 from r3jax.planning import programs, roofline, search, topologies
@@ -378,6 +378,7 @@ def planned(words, capsys):
 def test_a_plan_for_graphics_processors(capsys, monkeypatch, tmp_path):
     """The whole verb, on fake devices: bytes by hand, the mesh it suggests, and what it remembers."""
     monkeypatch.setattr(plan, "CACHE", tmp_path)
+    monkeypatch.setattr(attention, "_in_blocks", lambda *_: pytest.fail("lowered for CPU"))
     words = ["--config=configs/sft.py", "--topology=h100:8", "--config.model.layers=1", "--config.sft.batch_size=24"]
     found = json.loads(planned([*words, "--config.sft.kl_weight=0.1", "--json"], capsys))
     assert "ESTIMATE" in found["basis"] and found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}

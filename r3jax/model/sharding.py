@@ -5,6 +5,10 @@ on one CPU device already. Parameters are stored sharded over `fsdp` and `tensor
 weights over `fsdp` just before it uses them (ZeRO-3), and gradients scatter back by transposition.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
@@ -42,7 +46,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> j
             f"config.mesh: {asked} does not multiply to the {len(devices)} devices there are; "
             "change one size or set it to -1."
         )
-    if len({getattr(d, "slice_index", 0) for d in devices}) > 1:
+    # Of GPUs and CPUs each machine has a slice_index.
+    if len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) > 1:
         raise UserError("config.mesh: the devices are of several TPU slices; start the job on one.")
     # `jax.make_mesh` refuses 128 x 2 on a torus of 16 x 16, but for v5e.
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -97,8 +102,23 @@ def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+_meant: contextvars.ContextVar[str | None] = contextvars.ContextVar("meant", default=None)
+
+
+@contextlib.contextmanager
+def lowered_for(platform: str) -> Iterator[None]:
+    """What is traced here is for this platform, though its mesh is of others: a plan for GPUs has fake CPU devices."""
+    token = _meant.set(platform)
+    try:
+        yield
+    finally:
+        _meant.reset(token)
+
+
 def platform() -> str:
     """Of the devices that the program is for, which need not be here."""
+    if meant := _meant.get():
+        return meant
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 

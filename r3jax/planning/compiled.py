@@ -3,6 +3,7 @@
 A compilation takes minutes; the same program for the same chips by the same compiler is the same answer.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import time
 
 import jax
 
+from r3jax.model.sharding import lowered_for
 from r3jax.planning.costs import Collective, Costs, analyse, less, unmeasured
 from r3jax.planning.programs import Program
 from r3jax.planning.topologies import Topology
@@ -53,7 +55,8 @@ def compiled(program: Program, topology: Topology, mesh: jax.sharding.Mesh, cach
 
     Raises ValueError where the lengths of the program's loops are not known: its costs would be too small.
     """
-    lowered = program.lower(mesh)
+    with contextlib.nullcontext() if topology.is_tpu else lowered_for("gpu"):
+        lowered = program.lower(mesh)
     key = f"{VERSION} {jax.__version__} {_compiler(topology)} {topology.name} {dict(mesh.shape)} {lowered.as_text()}"
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if file.is_file():

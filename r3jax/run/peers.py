@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from r3jax import processes
 from r3jax.errors import UserError
-from r3jax.run.stop import AGAIN, Alone
+from r3jax.run.stop import AGAIN, INTERRUPTED, Alone, when_stuck
 from r3jax.run.verify import first_line
 
 TICK = 1.0  # seconds between signs of life
@@ -90,6 +90,7 @@ class Peers:
             self._spawn(self._listen, rank, line)
         self._seen = {rank: (0, time.monotonic()) for rank in range(self.count)}
         self._spawn(self._tick)
+        when_stuck(self._stopped)
         self.beat()
         return self
 
@@ -98,7 +99,9 @@ class Peers:
         if self.count == 1:
             return
         if isinstance(error, Alone):
-            self._end(f"{self._called(self.rank)} was told to stop", code=AGAIN)
+            self._stopped()
+        if isinstance(error, KeyboardInterrupt):
+            self._end(f"{self._called(self.rank)} was interrupted", code=INTERRUPTED)
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0, AGAIN)):
             self._left.update(self._lines)
             self._tell({"bye": True})
@@ -106,6 +109,7 @@ class Peers:
         time.sleep(GRACE)  # a lost peer shows as an error here too: then a listener ends this process meanwhile
         with self._over:
             self._tell({"over": f"{self._called(self.rank)} failed: {type(error).__name__}: {first_line(error)}"})
+            self._last()
             if isinstance(error, UserError):
                 print(f"error: {error}", file=sys.stderr)
             else:
@@ -160,15 +164,24 @@ class Peers:
                 behind = ", ".join(map(self._called, mute or slow))
                 self._end(f"no step was done for {self.hang:g} s; behind is {behind}", stacks=True)
 
+    def _stopped(self) -> None:
+        self._end(f"{self._called(self.rank)} was told to stop", code=AGAIN)
+
+    def _last(self) -> None:
+        """JAX's service ends with process 0, and aborts those that have not heard yet why they are to end."""
+        if self.rank == 0:
+            time.sleep(GRACE)
+
     def _end(self, why: str, stacks: bool = False, code: int = 1) -> None:
         """Ends this process for another's sake, or with all others for its own, once; process 0 tells the rest."""
         with self._over:
-            if self.rank == 0 or code == AGAIN:
+            if self.rank == 0 or code in (AGAIN, INTERRUPTED):
                 self._tell({"over": why, "stacks": stacks, "code": code})
             told = "" if code == AGAIN else "error: "
             print(f"{told}{why}; process {self.rank} ends with it", file=sys.stderr, flush=True)
             if stacks:
                 faulthandler.dump_traceback(all_threads=True)
+            self._last()
             _quit(code)
 
     def _called(self, rank: int) -> str:

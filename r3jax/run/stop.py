@@ -1,19 +1,26 @@
 """How a run ends early and loses nothing: SIGTERM and Ctrl-C wait for the step and its save, then exit 75.
 
+Several processes agree on the step for a SIGTERM; a Ctrl-C ends them at once, unsaved.
+
 75 is what sysexits.h calls a temporary failure: schedulers that requeue on it start the same command again. Between
 the stages' loops nothing is held that is not on disk, so the run ends at once there. A second Ctrl-C always does.
 """
 
+import functools
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
 AGAIN = 75  # EX_TEMPFAIL
-_INTERRUPTED = 130
+INTERRUPTED = 130
+STUCK = 10.0  # seconds after a SIGTERM until a process whose Python has not heard it ends too
 
 
 class Alone(SystemExit):
@@ -21,8 +28,46 @@ class Alone(SystemExit):
 
 
 def on_term() -> None:
-    """For verbs without a loop that saves: a SIGTERM ends this process at once, with 75, and its peers."""
-    signal.signal(signal.SIGTERM, _end_alone)
+    """For verbs without a loop that saves: a SIGTERM ends this process at once, with 75, and its peers.
+
+    Python hears a signal between two of its instructions: not while a program compiles, or waits for a peer's part.
+    """
+    _take_term()
+
+
+def when_stuck(end: Callable[[], object]) -> None:
+    """What ends this process and its peers with 75 where `on_term` holds and its main thread does not come back."""
+    global _end_stuck
+    _end_stuck = end
+
+
+def _exit_again() -> None:
+    os._exit(AGAIN)
+
+
+_end_stuck: Callable[[], object] = _exit_again
+
+
+def _take_term() -> object:
+    """Makes `on_term` hold; what held before."""
+    _watch()
+    return signal.signal(signal.SIGTERM, _end_alone)
+
+
+@functools.cache
+def _watch() -> None:
+    """Starts, once, the thread that hears signals when the main thread does not."""
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while True:
+            if os.read(heard, 1) == bytes([signal.SIGTERM]) and signal.getsignal(signal.SIGTERM) is _end_alone:
+                time.sleep(STUCK)
+                _end_stuck()
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _end_alone(number: int, frame: FrameType | None) -> None:
@@ -47,9 +92,14 @@ class Stop:
         return self.asked
 
     def release(self) -> None:
-        """After the last step: from here on a SIGTERM ends a process of several at once too."""
+        """After the last step: from here on a SIGTERM ends a process of several at once too.
+
+        One that came since the last look, in a save or a validation, ends them here.
+        """
         if jax.process_count() > 1:
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _end_alone)
+            if self.due():
+                self.end()
+            self._before[signal.SIGTERM] = _take_term()
 
     def end(self) -> None:
         """Ends the process, from its main thread; finally clauses run."""
@@ -67,7 +117,7 @@ class Stop:
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if jax.process_count() > 1 or (self.asked and number == signal.SIGINT):
-            os._exit(_INTERRUPTED)
+            os._exit(INTERRUPTED)
         if not self.stepping:
             self.end()
         if not self.asked:
