@@ -95,7 +95,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
                 "dropout": 0.0,
                 "targets": ("q", "k", "v", "o", "gate", "up", "down"),
             },
-            # Right for every size where the state fits at all: fsdp over all devices divides it by their number. What is
+            # Right for every size whose state fits at all: fsdp over all devices divides it by their number. What is
             # quicker on a slice depends on its chips as much as on the size: r3jax.plan says (docs/scaling.md).
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             # Of several processes: seconds without a step (a compilation, a validation) after which all end, with their

@@ -81,7 +81,7 @@ def test_the_policy_is_the_one_that_sampled(folder, base):
         assert row["policy/ratio"] == pytest.approx(1, abs=1e-5) and row["policy/logp_gap"] < 1e-5
 
 
-@pytest.mark.parametrize("mesh, chunks", [((1, 1, 1), 4), ((1, 4, 2), 1)])
+@pytest.mark.parametrize("mesh, chunks", [((1, 4, 2), 2)])
 def test_chunks_and_meshes_change_nothing(played, folder, base, mesh, chunks):
     name, _, rows, state = played
     parts = fixtures.parts(folder, mesh, **LORA, **{f"{name}__chunks": chunks})
@@ -93,15 +93,14 @@ def test_chunks_and_meshes_change_nothing(played, folder, base, mesh, chunks):
 
 def test_dropout_draws_anew_each_step_and_learns(folder, base):
     dry, _ = play(fixtures.parts(folder, **LORA), base, "sft", 2)
-    for chunks in (1, 2):
-        wet, _ = play(fixtures.parts(folder, **LORA, lora__dropout=0.5, sft__chunks=chunks), base, "sft", 2)
-        # At the start B is 0, so that nothing is dropped that counts; B's gradient sees it.
-        assert wet[0]["loss"] == pytest.approx(dry[0]["loss"], rel=1e-5)
-        assert wet[0]["grad_norm"] != pytest.approx(dry[0]["grad_norm"], rel=1e-3)
-        assert wet[1]["loss"] != pytest.approx(dry[1]["loss"], rel=1e-5) and np.isfinite(wet[1]["loss"])
+    wet, _ = play(fixtures.parts(folder, **LORA, lora__dropout=0.5, sft__chunks=2), base, "sft", 2)
+    # At the start B is 0, so that nothing is dropped that counts; B's gradient sees it.
+    assert wet[0]["loss"] == pytest.approx(dry[0]["loss"], rel=1e-5)
+    assert wet[0]["grad_norm"] != pytest.approx(dry[0]["grad_norm"], rel=1e-3)
+    assert wet[1]["loss"] != pytest.approx(dry[1]["loss"], rel=1e-5) and np.isfinite(wet[1]["loss"])
 
 
-@pytest.mark.parametrize("name, mesh", [("sft", (1, 1, 1)), ("rl", (1, 4, 2))])
+@pytest.mark.parametrize("name, mesh", [pytest.param("sft", (1, 1, 1), marks=pytest.mark.slow), ("rl", (1, 4, 2))])
 def test_two_and_two_steps_equal_four_bit_for_bit(tmp_path, base, name, mesh):
     parts = fixtures.parts(tmp_path, mesh, **LORA, lora__dropout=0.2)
     checkpointer = Checkpointer(tmp_path / "checkpoints", 1)

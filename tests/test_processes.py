@@ -206,6 +206,32 @@ def test_a_stop_of_one_process_ends_all_with_75(count, who, released):
         assert f"process {who} of {count}" in said[other] and "was told to stop" in said[other]
 
 
+LAST_LOOK = """
+import time
+from r3jax import processes
+from r3jax.run import stop
+from r3jax.run.peers import Peers
+processes.connect(saves=True)
+with Peers(60), stop.Stop() as asked:
+    for _ in range(3):
+        assert not asked.due()
+    print("up", flush=True)
+    time.sleep(5)  # the validation of the last step
+    asked.release()
+    print("beyond", flush=True)
+"""
+
+
+def test_a_stop_after_the_last_step_is_not_lost():
+    job = processes_of(["-c", LAST_LOOK], 2, 1)
+    for process in job:
+        while (line := process.stdout.readline()) != "up\n":
+            assert line
+    job[1].terminate()
+    said = [process.communicate(timeout=60)[0] for process in job]
+    assert [process.returncode for process in job] == [75, 75] and "beyond" not in "".join(said), said
+
+
 @pytest.mark.parametrize("count", [2, 1])
 def test_a_process_that_does_not_come_back_to_python_is_ended_too(count):
     """As in a compilation, or a collective that a peer does not join."""

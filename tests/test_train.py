@@ -267,10 +267,10 @@ def same_bits(a, b):
 @pytest.mark.parametrize(
     "name, mesh, changes",
     [
-        ("sft", (1, 1, 1), {}),
+        pytest.param("sft", (1, 1, 1), {}, marks=pytest.mark.slow),  # the next two are more than it
         ("sft", (1, 4, 2), {}),
         ("sft", (1, 1, 1), {"data__workers": 2}),
-        ("rl", (1, 1, 1), {}),
+        pytest.param("rl", (1, 1, 1), {}, marks=pytest.mark.slow),
         ("rl", (1, 4, 2), {}),
         ("rl", (1, 1, 1), {"rl__epochs": 2}),
     ],

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -31,6 +30,7 @@ def on_term() -> None:
     """For verbs without a loop that saves: a SIGTERM ends this process at once, with 75, and its peers.
 
     Python hears a signal between two of its instructions: not while a program compiles, or waits for a peer's part.
+    There a thread does it after STUCK seconds.
     """
     _take_term()
 
@@ -46,6 +46,7 @@ def _exit_again() -> None:
 
 
 _end_stuck: Callable[[], object] = _exit_again
+_python_heard = threading.Event()  # a handler has run
 
 
 def _take_term() -> object:
@@ -63,14 +64,14 @@ def _watch() -> None:
 
     def listen() -> None:
         while True:
-            if os.read(heard, 1) == bytes([signal.SIGTERM]) and signal.getsignal(signal.SIGTERM) is _end_alone:
-                time.sleep(STUCK)
+            if os.read(heard, 1) == bytes([signal.SIGTERM]) and not _python_heard.wait(STUCK):
                 _end_stuck()
 
     threading.Thread(target=listen, daemon=True).start()
 
 
 def _end_alone(number: int, frame: FrameType | None) -> None:
+    _python_heard.set()
     print("stopped; give the same command again", file=sys.stderr, flush=True)
     raise Alone(AGAIN)
 
@@ -116,6 +117,7 @@ class Stop:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
+        _python_heard.set()
         if jax.process_count() > 1 or (self.asked and number == signal.SIGINT):
             os._exit(INTERRUPTED)
         if not self.stepping:
