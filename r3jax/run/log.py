@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import pathlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +27,12 @@ METRICS, SAMPLES, LEDGER, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "ledge
 PLAIN_WIDTH = 120  # columns where the output is not a terminal
 PLAIN_SHARE, PLAIN_SECONDS = 0.1, 60.0  # a plain line for each tenth of the steps, and each minute
 ETA_WINDOW = 20  # the last steps' mean time gives the ETA, so that the first compilation does not spoil it
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A full disk ends TensorBoard's thread with a trace; the run, which meets it too, says so in its own words."""
+    if not (issubclass(failure.exc_type, OSError) and type(failure.thread).__module__.startswith("tensorboardX")):
+        threading.__excepthook__(failure)
 
 
 def quiet_libraries() -> None:
@@ -85,6 +92,7 @@ class RunLog:
         if stage not in self._boards:
             from tensorboardX import SummaryWriter  # imports torch where there is one, which takes seconds
 
+            threading.excepthook = _thread_failed
             # purge_step hides the points of an earlier attempt, from here on; the suffix keeps its file,
             # which would have the same name if it was opened in the same second
             self._boards[stage] = SummaryWriter(
