@@ -39,7 +39,6 @@ train: $(RUN) ## both stages on the bundled data set, evaluation, report (needs 
 	$(PY) -m r3jax.train --config=configs/rl.py
 
 test: $(DEV) ## the tests, without the slow ones
-	rm -rf .cache/xla # programs read back from an earlier run were seen to hang a mesh of eight fake devices
 	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 plan-deps: $(PY) ## the TPU compiler beside .venv's packages, for r3jax.plan: export PYTHONPATH=.venv/libtpu
