@@ -88,16 +88,17 @@ def connect(saves: bool = False) -> None:
 
 
 def _initialise(**given: Any) -> None:
-    told = bool(given)
-    limit = MEET * (PATIENCE if told else 1)
-    met = threading.Event()
+    told, met = bool(given), threading.Event()
+    limit = MEET * PATIENCE if told else MEET
 
     def watch() -> None:
-        if told and not met.wait(MEET):
-            print(f"waiting for the other processes of this job, {limit} s at most", file=sys.stderr, flush=True)
-        if not met.wait(limit - MEET if told else limit):
-            print(f"error: {_lost(f'some had not come after {limit} s', told)}", file=sys.stderr, flush=True)
-            os._exit(2)  # JAX would abort, with a trace
+        for left in range(limit - MEET, -1, -MEET):
+            if met.wait(MEET):
+                return
+            if left:
+                print(f"waiting for the other processes of this job, {left} s more", file=sys.stderr, flush=True)
+        print(f"error: {_lost(f'some had not come after {limit} s', told)}", file=sys.stderr, flush=True)
+        os._exit(2)  # JAX would abort, with a trace
 
     threading.Thread(target=watch, daemon=True).start()
     try:

@@ -6,6 +6,7 @@ Real processes, that find each other as launch/local.sh tells them to, with gloo
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,16 +44,10 @@ def free_address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def processes_of(
-    argv: list[str], count: int, devices: int, compiled_as_tests: bool = True, last: tuple[str, ...] = ()
-) -> list[subprocess.Popen]:
-    """Starts `python argv` as `count` processes of a job, of so many fake devices each.
-
-    compiled_as_tests: cheaply, or as users' programs are. last: a command that starts the last of them.
-    """
+def processes_of(argv: list[str], count: int, devices: int, last: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    """Starts `python argv` as `count` processes of a job, of so many fake devices each; the last by another command."""
     address = free_address()
-    given = xla.flags(devices) if compiled_as_tests else xla.devices(devices)
-    env = os.environ | {"XLA_FLAGS": given, "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": xla.flags(devices), "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     found = []
     for rank in range(count):
@@ -62,10 +57,18 @@ def processes_of(
     return found
 
 
-def train(folder, count: int, devices: int, run: str, compiled_as_tests: bool = True) -> None:
+def train(folder, count: int, devices: int, run: str) -> None:
     """`r3jax.train` to its end."""
     argv = ["-m", "r3jax.train", *flags(folder, **SHORT), f"--workdir={folder / run}"]
-    finish(processes_of(argv, count, devices, compiled_as_tests))
+    finish(processes_of(argv, count, devices))
+
+
+def up(job: list[subprocess.Popen]) -> list[subprocess.Popen]:
+    """The job, each of whose processes has printed "up"."""
+    for process in job:
+        while (line := process.stdout.readline()) != "up\n":
+            assert line
+    return job
 
 
 def finish(job: list[subprocess.Popen]) -> None:
@@ -96,12 +99,12 @@ def close(folder, run: str, other: str) -> None:
         np.testing.assert_allclose(*found, rtol=0, atol=0.051, err_msg=f"{run} {key}")
 
 
-def go_on(folder, began: str, run: str, count: int, devices: int, compiled_as_tests: bool = True) -> None:
+def go_on(folder, began: str, run: str, count: int, devices: int) -> None:
     """Trains to the end what `began` had at step 2 of stage 2."""
     shutil.copytree(folder / began, folder / run)
     shutil.rmtree(folder / run / "checkpoints" / "rl" / "3")
     (folder / run / "results.json").unlink()
-    train(folder, count, devices, run, compiled_as_tests)
+    train(folder, count, devices, run)
 
 
 def test_two_processes_of_four_devices_train_as_one_of_eight_and_one_of_one(tmp_path):
@@ -116,10 +119,11 @@ def test_two_processes_of_four_devices_train_as_one_of_eight_and_one_of_one(tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), ((1, 8), (2, 4)))
-def test_what_one_process_began_more_devices_finish(tmp_path, count, devices):
+def test_what_one_process_began_more_devices_finish(tmp_path, count, devices, monkeypatch):
+    monkeypatch.setattr(xla, "flags", xla.devices)  # compiled as users' programs are
     write_dataset(tmp_path / "data")
-    train(tmp_path, 1, 1, "one", compiled_as_tests=False)
-    go_on(tmp_path, "one", "more", count, devices, compiled_as_tests=False)
+    train(tmp_path, 1, 1, "one")
+    go_on(tmp_path, "one", "more", count, devices)
     close(tmp_path, "more", "one")
 
 
@@ -173,6 +177,7 @@ from r3jax import processes
 from r3jax.run import stop
 from r3jax.run.peers import Peers
 stop.STUCK = 1.0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 if not {released}:
     stop.on_term()
 processes.connect(saves={released})
@@ -194,16 +199,21 @@ ROUNDS = "time.sleep(0.05)"
     ("count", "who", "released"), [(2, 1, True), (2, 1, False), (3, 0, False), (3, 0, True), (1, 0, False)]
 )
 def test_a_stop_of_one_process_ends_all_with_75(count, who, released):
-    job = processes_of(["-c", TOLD.format(released=released, work=ROUNDS)], count, 1)
-    for process in job:
-        while (line := process.stdout.readline()) != "up\n":
-            assert line
+    job = up(processes_of(["-c", TOLD.format(released=released, work=ROUNDS)], count, 1))
     job[who].terminate()
     said = [process.communicate(timeout=60)[0] for process in job]
     assert [process.returncode for process in job] == [75] * count, said
     assert "stopped; give the same command again" in said[who]
     for other in {*range(count)} - {who}:
         assert f"process {who} of {count}" in said[other] and "was told to stop" in said[other]
+
+
+def test_a_ctrl_c_of_one_process_ends_all_with_130():
+    job = up(processes_of(["-c", TOLD.format(released=False, work=ROUNDS)], 2, 1))
+    job[1].send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=60)[0] for process in job]
+    assert [process.returncode for process in job] == [130, 130] and "Traceback" not in "".join(said), said
+    assert "process 1 of 2" in said[0] and "was interrupted" in said[0]
 
 
 LAST_LOOK = """
@@ -223,10 +233,7 @@ with Peers(60), stop.Stop() as asked:
 
 
 def test_a_stop_after_the_last_step_is_not_lost():
-    job = processes_of(["-c", LAST_LOOK], 2, 1)
-    for process in job:
-        while (line := process.stdout.readline()) != "up\n":
-            assert line
+    job = up(processes_of(["-c", LAST_LOOK], 2, 1))
     job[1].terminate()
     said = [process.communicate(timeout=60)[0] for process in job]
     assert [process.returncode for process in job] == [75, 75] and "beyond" not in "".join(said), said
@@ -236,10 +243,7 @@ def test_a_stop_after_the_last_step_is_not_lost():
 def test_a_process_that_does_not_come_back_to_python_is_ended_too(count):
     """As in a compilation, or a collective that a peer does not join."""
     work = "time.sleep(0.5); signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); time.sleep(600)"
-    job = processes_of(["-c", TOLD.format(released=False, work=work)], count, 1)
-    for process in job:
-        while (line := process.stdout.readline()) != "up\n":
-            assert line
+    job = up(processes_of(["-c", TOLD.format(released=False, work=work)], count, 1))
     time.sleep(2)
     job[-1].terminate()
     said = [process.communicate(timeout=60)[0] for process in job]
@@ -252,7 +256,7 @@ def test_who_finds_no_other_says_so():
         told = dict(zip(processes.VARIABLES, (free_address(), "2", str(rank)), strict=True))
         alone = subprocess.run([sys.executable, "-c", code], env=os.environ | told, capture_output=True, text=True)
         first, error = alone.stderr.splitlines()
-        assert alone.returncode == 2 and first == "waiting for the other processes of this job, 2 s at most"
+        assert alone.returncode == 2 and first == "waiting for the other processes of this job, 1 s more"
         assert error.startswith("error: the processes of this job do not find each other (some had not come after 2 s)")
 
 

@@ -10,9 +10,8 @@ def flags(count: int) -> str:
     """So many fake CPU devices, and programs that are compiled cheaply.
 
     Tests compile much and compute little: unoptimised machine code saves a third of a first run of the suite, and the
-    older of XLA's two ways to write fused loops two fifths of the rest. With that one
-    alone, training on eight devices hung in six of seven runs until XLA aborted, and in none of eight with operations in
-    one order, which the last flag asks for.
+    older of XLA's two ways to write fused loops two fifths of the rest. With that alone, training on eight devices hung
+    in most runs until XLA aborted, and in none of eight with operations in one order, which the last flag asks for.
     """
     return (
         f"{devices(count)} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "

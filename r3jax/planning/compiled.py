@@ -3,7 +3,6 @@
 A compilation takes minutes; the same program for the same chips by the same compiler is the same answer.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -55,7 +54,7 @@ def compiled(program: Program, topology: Topology, mesh: jax.sharding.Mesh, cach
 
     Raises ValueError where the lengths of the program's loops are not known: its costs would be too small.
     """
-    with contextlib.nullcontext() if topology.is_tpu else lowered_for("gpu"):
+    with lowered_for("tpu" if topology.is_tpu else "gpu"):
         lowered = program.lower(mesh)
     key = f"{VERSION} {jax.__version__} {_compiler(topology)} {topology.name} {dict(mesh.shape)} {lowered.as_text()}"
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

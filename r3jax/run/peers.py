@@ -109,12 +109,11 @@ class Peers:
         time.sleep(GRACE)  # a lost peer shows as an error here too: then a listener ends this process meanwhile
         with self._over:
             self._tell({"over": f"{self._called(self.rank)} failed: {type(error).__name__}: {first_line(error)}"})
-            self._last()
             if isinstance(error, UserError):
                 print(f"error: {error}", file=sys.stderr)
             else:
                 traceback.print_exception(kind, error, trace)
-            _quit(2 if isinstance(error, UserError) else 1)
+            self._quit(2 if isinstance(error, UserError) else 1)
 
     def _admit(self, line: socket.socket, token: str) -> None:
         line = _alive(line)
@@ -167,11 +166,6 @@ class Peers:
     def _stopped(self) -> None:
         self._end(f"{self._called(self.rank)} was told to stop", code=AGAIN)
 
-    def _last(self) -> None:
-        """JAX's service ends with process 0, and aborts those that have not heard yet why they are to end."""
-        if self.rank == 0:
-            time.sleep(GRACE)
-
     def _end(self, why: str, stacks: bool = False, code: int = 1) -> None:
         """Ends this process for another's sake, or with all others for its own, once; process 0 tells the rest."""
         with self._over:
@@ -181,8 +175,16 @@ class Peers:
             print(f"{told}{why}; process {self.rank} ends with it", file=sys.stderr, flush=True)
             if stacks:
                 faulthandler.dump_traceback(all_threads=True)
-            self._last()
-            _quit(code)
+            self._quit(code)
+
+    def _quit(self, code: int) -> None:
+        """Ends at once: a regular exit would wait minutes for the peers. Process 0 gives them time to hear why: JAX's
+        service ends with it, and aborts those that are left."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.rank == 0:
+            time.sleep(GRACE)
+        os._exit(code)
 
     def _called(self, rank: int) -> str:
         return f"process {rank} of {self.count} ({self._names.get(rank, socket.gethostname())})"
@@ -206,10 +208,3 @@ def _alive(line: socket.socket) -> socket.socket:
         if hasattr(socket, name):
             line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return line
-
-
-def _quit(code: int) -> None:
-    """Ends at once: a regular exit would wait minutes for the peers."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
