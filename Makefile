@@ -15,7 +15,7 @@ DEV := .venv/.dev-$(shell cat requirements.txt requirements-serve.txt requiremen
 BENCH := .venv-bench/.done-$(shell cat requirements.txt requirements-bench.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow chaos plan-deps lint format lock audit seeds bench clean
+.PHONY: help install train test test-slow chaos plan-deps lint format lock audit seeds bench bench-large clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -89,6 +89,11 @@ $(BENCH):
 bench: $(BENCH) ## our speed beside the peers', in an environment of its own: half an hour on two cores
 	for name in "rollout --rounds=2" "sft --rounds=2" "where 25m" "encode --rounds=2" "rl_step --rounds=2" \
 		"refresh tiny" "decode --rounds=1" start curves index "import 0_5b"; do \
+		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
+	done
+
+bench-large: $(BENCH) ## the same for the 0.5B shape, where 24 GiB hold both
+	for name in "rollout 0.5b --rounds=1" "sft 0.5b --rounds=1" "encode 0.5b --rounds=1"; do \
 		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
 	done
 

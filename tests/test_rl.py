@@ -201,6 +201,15 @@ def test_the_sampled_rows_are_prompt_completion_and_terminal(parts, batch, plain
     assert stats["completion/token_rate"] == batch["emitted"].mean()
 
 
+def test_prompts_are_no_wider_than_the_longest_query_needs(folder, parts, weights):
+    longest = max(len(ids) for ids in parts.chat.tokens(parts.dataset.query_texts))
+    for limit in (longest - 1, longest, 500):
+        wide = fixtures.parts(folder, data__max_query_tokens=limit)
+        with jax.set_mesh(wide.mesh):
+            stage, _ = start(wide, weights)
+        assert stage.lengths.query == stage.collector.max_query == min(limit, longest)
+
+
 def test_rewards_are_those_of_the_rows_encoded_anew(parts, weights, batch):
     """At the first step the index is fresh, so the reward must be that of the whole corpus."""
     with jax.set_mesh(parts.mesh):

@@ -9,6 +9,7 @@ This file makes the batches; `r3jax.stages.policy` is the update.
 Axes: B prompts, G samples per prompt, R = B G rollouts, T new tokens, P prompt length, D width.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -56,6 +57,7 @@ class RL:
     Args:
       documents: token rows of the whole corpus, by document row.
       queries: texts, by query row.
+      lengths: at most so many tokens; of queries no more than the longest has.
       grades: of each query's relevant documents, best first, by query row; 1 each where there are none.
       refill: rounds in which groups without a spread of rewards may be replaced; see `r3jax.stages.rollouts`.
       mask_overlong: whether completions that were cut at the limit are left out of the policy's loss and its KL
@@ -91,6 +93,9 @@ class RL:
         mask_overlong: bool = False,
         on_nan: str = "stop",
     ):
+        # What no query needs is not padded: prompts are read by the sampler and again by every update.
+        longest = max(len(ids) for ids in chat.tokens(queries))
+        lengths = dataclasses.replace(lengths, query=min(lengths.query, max(longest, 1)))
         self.steps, self.mesh, self.model = steps, mesh, model
         self.queries, self.documents, self.chat, self.lengths = queries, documents, chat, lengths
         self.mask_overlong = mask_overlong
