@@ -93,7 +93,7 @@ bench: $(BENCH) ## our speed beside the peers', in an environment of its own: ha
 	done
 
 bench-large: $(BENCH) ## the same for the 0.5B shape, where 24 GiB hold both
-	for name in "rollout 0.5b --rounds=1" "sft 0.5b --rounds=1" "encode 0.5b --rounds=1"; do \
+	for name in "rollout 0.5b --rounds=1" "sft 0.5b --rounds=1" "encode 0.5b --rounds=1" step_memory; do \
 		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
 	done
 

@@ -7,6 +7,7 @@ points. What must grow linearly has 1 at most; attention lets length grow a litt
 import math
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -57,10 +58,11 @@ def curves(folder: str):
         return lambda: index.search(vectors[:128], 100)
 
     def measure() -> dict:
+        began = time.perf_counter()
         found = {f"batch {n}": seconds(encode(n, 64)) for n in BATCHES}
         found |= {f"length {n}": seconds(encode(8, n)) for n in LENGTHS}
         found |= {f"group {n}": seconds(roll(n)) for n in GROUPS}
-        return found | {f"corpus {n}": seconds(search(n)) for n in CORPORA} | {"seconds": 1.0}
+        return found | {f"corpus {n}": seconds(search(n)) for n in CORPORA} | {"seconds": time.perf_counter() - began}
 
     return measure
 
@@ -73,6 +75,8 @@ def main(sizes: list[str], rounds: int) -> None:
     for size in sizes:
         with models.folder(size) as folder:
             found[size] = in_turns("bench.curves", ["curves"], {"folder": folder}, 1)["curves"]
+        if "failure" in found[size]:
+            sys.exit(f"{size}: {found[size]['failure']}")
     axes = {
         "batch": (BATCHES, "reading rows of 64 tokens: rows"),
         "length": (LENGTHS, "reading 8 rows: tokens of each"),

@@ -30,15 +30,28 @@ def config(size: str, **changes):
     return ModelConfig(*SIZES[size], **changes)
 
 
-def multiplied(size: str) -> int:
-    """Weights that every token is multiplied with, without the unembedding's."""
-    layers, width, heads, kv_heads, head_dim, ffn, _ = SIZES[size]
-    return layers * width * (2 * heads * head_dim + 2 * kv_heads * head_dim + 3 * ffn)
+def products(size: str, rows: float, last: bool = True) -> dict[str, float]:
+    """Operations of a forward pass over so many tokens, by part, of products with weights.
+
+    last: whether the last layer is more than keys and values, all of it that an encoder needs of most tokens.
+    """
+    layers, width, heads, kv_heads, head_dim, ffn, vocab = SIZES[size]
+    whole = layers - (not last)
+    attention = layers * 2 * kv_heads * head_dim + whole * 2 * heads * head_dim
+    each = {"MLP": 3 * whole * width * ffn, "projections of attention": width * attention}
+    return {part: 2.0 * rows * count for part, count in (each | {"logits": width * vocab}).items()}
 
 
-def unembedding(size: str) -> int:
-    """Weights that a token is multiplied with where its logits are wanted."""
-    return SIZES[size][1] * SIZES[size][6]
+def read(size: str, tokens: float, last: bool = True) -> float:
+    """The same in all, without the logits."""
+    return sum(count for part, count in products(size, tokens, last).items() if part != "logits")
+
+
+def last_layer(size: str) -> bool:
+    """Whether our encoder computes the whole of the last layer: see `r3jax.model.qwen2.last_states`."""
+    from r3jax.model.qwen2 import UNROLLED
+
+    return SIZES[size][0] > UNROLLED
 
 
 @contextlib.contextmanager
@@ -109,7 +122,14 @@ def theirs(name: str, dtype: str = "float32"):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+    return in_memory(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval())
+
+
+def in_memory(model):
+    """A torch model whose weights are no longer pages of a file but, as ours, memory of the process."""
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    return model
 
 
 def prompts(name: str, count: int) -> list[list[int]]:

@@ -1,9 +1,11 @@
 """What this machine can do at most, measured: python -m bench.peaks
 
 Operations per second of a float32 matrix product, the best of numpy's, jax's and torch's (whichever are installed, two
-sizes); bytes per second, read and written, of a copy of 256 MiB. Every other benchmark states its share of these.
+sizes); bytes per second of a copy of 256 MiB, read and written, and of reading alone, all cores at once. The other
+benchmarks state their shares of these.
 """
 
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -54,15 +56,20 @@ def products() -> dict[str, float]:
     return found
 
 
-def copy() -> float:
-    """Bytes per second, each counted where it is read and where it is written."""
-    source = np.ones(2**26, np.float32)
-    target = np.zeros_like(source)
-    return 2 * source.nbytes / best(lambda: np.copyto(target, source))
+def bandwidth() -> dict[str, float]:
+    """Bytes per second: of a copy, each counted where it is read and where it is written; of reading alone."""
+    cores = len(os.sched_getaffinity(0))
+    sources = np.array_split(np.ones(2**26, np.float32), cores)
+    targets = [np.zeros_like(part) for part in sources]
+    size = sum(part.nbytes for part in sources)
+    with concurrent.futures.ThreadPoolExecutor(len(sources)) as threads:  # numpy lets others run meanwhile
+        copying = best(lambda: list(threads.map(np.copyto, targets, sources)))
+        reading = best(lambda: list(threads.map(np.max, sources)))
+    return {"copy": 2 * size / copying, "read": size / reading}
 
 
 def measure() -> dict:
-    """The peaks, measured in a process of their own: {"product", "by", "copy"}."""
+    """The peaks, measured in a process of their own: {"product", "by", "copy", "read"}."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", "bench.peaks", "--json"], env=env, check=True, stdout=subprocess.PIPE, text=True
@@ -83,11 +90,11 @@ def sentence(found: dict) -> str:
     each = ", ".join(f"{name} {x / 1e9:,.0f}" for name, x in found["by"].items())
     return (
         f"{device()}, {time.strftime('%Y-%m-%d')}: {found['product'] / 1e9:,.0f} GFLOP/s in a float32 matrix product "
-        f"({each}), {found['copy'] / 1e9:.1f} GB/s read and written in a copy."
+        f"({each}), {found['copy'] / 1e9:.1f} GB/s read and written in a copy, {found['read'] / 1e9:.1f} read alone."
     )
 
 
 if __name__ == "__main__":
     by = products()
-    result = {"product": max(by.values()), "by": by, "copy": copy()}
+    result = {"product": max(by.values()), "by": by} | bandwidth()
     print(json.dumps(result) if "--json" in sys.argv else sentence(result))

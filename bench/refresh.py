@@ -90,4 +90,4 @@ def main(sizes: list[str], rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    command({"both": both}, main, ["tiny", "25m"])
+    command({"both": both}, main, ["tiny", "25m"], ROUNDS)

@@ -1,7 +1,8 @@
 """One whole step of GRPO beside TRL's GRPOTrainer: python -m bench.rl_step [SIZE ...] [--rounds=N]
 
 8 prompts x 8 samples of at most 64 new tokens, one optimiser step on them, no KL, float32, the same exported folder.
-TRL rewards a checksum of the ids, which costs nothing; ours searches 1,000 documents, re-encodes 3 % of them and ranks.
+The prompts are the same 256. TRL, as it comes (without torch.compile), rewards a checksum of the ids, which costs
+nothing; ours searches 1,000 documents, re-encodes 3 % of them and ranks.
 """
 
 import time
@@ -11,6 +12,13 @@ from bench.turns import command, in_turns, table, times
 
 PROMPTS, GROUP, NEW, DOCUMENTS, RATE = 8, 8, 64, 1000, 1e-5
 LABELS = {"ours": "r3jax", "trl": "TRL GRPOTrainer"}
+
+
+def asked(data) -> list[dict]:
+    """256 training records whose documents are among the first ones."""
+    positives = {q: [row for row in rows if row < DOCUMENTS] for q, rows in data.positives("train").items()}
+    records = [{"query_row": data.query_row[q], "positives": rows[:1]} for q, rows in positives.items() if rows]
+    return records[:256]
 
 
 def ours(folder: str):
@@ -27,8 +35,7 @@ def ours(folder: str):
     it = models.ours(folder, remat="dots")
     jax.set_mesh(it.mesh)
     data = beir.load(models.DATA)
-    positives = {q: [row for row in rows if row < DOCUMENTS] for q, rows in data.positives("train").items()}
-    records = [{"query_row": data.query_row[q], "positives": rows[:1]} for q, rows in positives.items() if rows]
+    records = asked(data)
     vectors = np.random.default_rng(0).normal(size=(DOCUMENTS, it.model.width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     terms = {"retrieval": 1.0, "format": 0.1, "length": 0.1}
@@ -110,10 +117,10 @@ def trl(folder: str):
 
     from r3jax.data import beir
 
-    system = models.chat(folder).prompts.reasoning_system
+    data, system = beir.load(models.DATA), models.chat(folder).prompts.reasoning_system
     turns = [
-        [{"role": "system", "content": system}, {"role": "user", "content": text}]
-        for text in beir.load(models.DATA).query_texts[:256]
+        [{"role": "system", "content": system}, {"role": "user", "content": data.query_texts[record["query_row"]]}]
+        for record in asked(data)
     ]
     times: dict = {}
 

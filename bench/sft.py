@@ -2,26 +2,20 @@
 
 Cross-entropy of the answers, InfoNCE and triplet margin over the same pairs, AdamW, float32. Ours packs rows and
 recomputes all of a layer but its products; torch is transformers' decoder, its rows padded to the batch's longest, the
-logits where they count, without recomputing. Both say their first loss, which must be the same. The share of the
-matmul peak counts six operations per weight and token that is no padding.
-
-Then the memory of one step of the 0.5B shape at 8 x 512 tokens, cross-entropy at every token, besides the weights: ours
-as compiled, torch's from small ones (1 and 3 layers, 1 and 2 rows), for it grows with layers times rows.
+logits where they count, without recomputing, not compiled. Both say their first loss, which must be the same.
+Tokens per second are those of the rows, whoever computes them once or more often. The share of the matmul peak counts
+six operations per weight and token computed: no padding, and ours has the rows' common beginning once a pack.
 """
 
-import pathlib
-import subprocess
-import sys
 import time
 
 from bench import models, peaks
-from bench.turns import command, in_turns, memory, table, times
+from bench.turns import command, in_turns, table, times
 
 PAIRS = {"tiny": 64, "25m": 16, "0.5b": 2}
 BATCHES = 2  # different ones, in turns
 TEMPERATURE, MARGIN, TRIPLET, RATE = 0.05, 0.2, 0.1, 1e-5
 LABELS = {"ours": "r3jax", "torch": "transformers + torch"}
-ROWS, LENGTH = 8, 512
 
 
 def pairs_of(it: models.Ours):
@@ -82,6 +76,11 @@ class Step:
         self.batches = host_batches(transform, pairs)
         self.programs: dict = {}
 
+    def computed(self, batch) -> int:
+        """Tokens that the step computes, without padding."""
+        packed = self.stage.packed(batch)
+        return sum(int((packed[name].segments > 0).sum()) for name in ("query_packs", "doc_packs"))
+
     def __call__(self, batch) -> float:
         """The loss."""
         import jax
@@ -99,13 +98,15 @@ class Step:
 def ours(folder: str, pairs: int):
     step = Step(folder, pairs)
     losses: list[float] = []
+    computed = sum(map(step.computed, step.batches))
 
     def measure() -> dict:
         begin = time.perf_counter()
         losses.extend(map(step, step.batches))
         seconds = time.perf_counter() - begin
         temp = max(program.memory_analysis().temp_size_in_bytes for program in step.programs.values())
-        return {"seconds": seconds, "tokens": tokens(step.batches), "first": losses[0], "temp": temp}
+        found = {"tokens": tokens(step.batches), "computed": computed}
+        return {"seconds": seconds, "first": losses[0], "temp": temp} | found
 
     measure()
     return measure
@@ -125,7 +126,7 @@ def torch(folder: str, pairs: int):
     def read(rows, lengths):
         ids, lengths = torch.from_numpy(rows[:, : lengths.max()]).long(), torch.from_numpy(lengths).long()
         mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
-        states = model.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        states = model.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         return ids, lengths, states, unit(states[torch.arange(len(ids)), lengths - 1])
 
     def unit(x):
@@ -166,7 +167,8 @@ def torch(folder: str, pairs: int):
         begin = time.perf_counter()
         for batch in batches:
             step(batch)
-        return {"seconds": time.perf_counter() - begin, "tokens": tokens(batches), "first": losses[0]}
+        seconds, count = time.perf_counter() - begin, tokens(batches)
+        return {"seconds": seconds, "first": losses[0], "tokens": count, "computed": count}
 
     measure()
     return measure
@@ -175,75 +177,6 @@ def torch(folder: str, pairs: int):
 def tokens(batches) -> int:
     """Of all rows, without padding."""
     return sum(int(b[name].sum()) for b in batches for name in ("direct_length", "reasoned_length", "doc_lengths"))
-
-
-def compiled() -> int:
-    """Bytes that our step of the 0.5B shape holds besides weights and arguments, as XLA planned them."""
-    import jax
-    import jax.numpy as jnp
-
-    from r3jax.losses import token_terms
-    from r3jax.model import params
-    from r3jax.model.qwen2 import hidden_states, unembedding
-    from r3jax.model.sharding import make_mesh
-
-    config, mesh = models.config("0.5b", remat="full"), make_mesh()
-
-    def loss(weights, ids, lengths, targets):
-        hidden = hidden_states(weights, config, ids, lengths)
-        hidden, used = hidden.reshape(-1, config.width), targets >= 0
-        return -token_terms(hidden, unembedding(weights, config), targets, used=used).logp.mean()
-
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params.abstract(config, mesh))
-    shapes = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((ROWS, LENGTH), (ROWS,), (ROWS * LENGTH,)))
-    program = jax.jit(jax.value_and_grad(loss)).lower(weights, *shapes).compile()
-    found = program.memory_analysis()
-    return found.temp_size_in_bytes + found.output_size_in_bytes
-
-
-def touched(layers: int, rows: int) -> int:
-    """Bytes that torch's step of the 0.5B shape, of so many layers and rows, held at most, besides its weights."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    _, width, heads, kv_heads, _, ffn, vocab = models.SIZES["0.5b"]
-    config = Qwen2Config(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        vocab_size=vocab,
-        tie_word_embeddings=True,
-    )
-    model = Qwen2ForCausalLM(config).train()
-    ids = torch.zeros((rows, LENGTH), dtype=torch.long)
-    model(input_ids=ids[:, :8], labels=ids[:, :8]).loss.item()  # libraries are loaded now
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    model(input_ids=ids, labels=ids).loss.backward()
-    return memory("VmHWM") - before
-
-
-def of_the_step() -> str:
-    """Our memory and torch's, as a table."""
-
-    def alone(*words) -> int:
-        command = [sys.executable, "-m", "bench.sft", *map(str, words)]
-        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
-
-    few, more = (1, 3), (1, 2)
-    x = {(layers, rows): alone("touched", layers, rows) for layers in few for rows in more}
-    per_row_layer = (x[3, 2] - x[3, 1] - x[1, 2] + x[1, 1]) / 2
-    per_layer = (x[3, 1] - x[1, 1]) / 2 - per_row_layer  # their gradients
-    per_row = x[1, 2] - x[1, 1] - per_row_layer  # logits
-    rest = x[1, 1] - per_layer - per_row - per_row_layer
-    theirs = rest + 24 * per_layer + ROWS * (per_row + 24 * per_row_layer)
-    rows = [
-        ["r3jax, compiled", f"{alone('compiled') / 2**30:.1f}"],
-        ["torch, from small ones", f"{theirs / 2**30:.1f}"],
-    ]
-    return table(["0.5B shape, 8 x 512 tokens", "gradients and temporaries, GiB"], rows)
 
 
 def main(sizes: list[str], rounds: int) -> None:
@@ -259,13 +192,13 @@ def main(sizes: list[str], rounds: int) -> None:
             if "failure" in x:
                 rows.append([LABELS[name], x["failure"], *[""] * 6])
                 continue
-            rate = x["tokens"] / x["seconds"]
+            flops = 3 * models.read(size, x["computed"]) / x["seconds"]
             rows.append(
                 [
                     LABELS[name],
-                    f"{rate:,.0f}",
-                    times(found, name, "tokens"),
-                    f"{100 * 6 * models.multiplied(size) * rate / peak['product']:.0f} %",
+                    f"{x['rate']:,.0f}",
+                    times(found, name),
+                    f"{100 * flops / peak['product']:.0f} %",
                     f"{x['first']:.4f}",
                     f"{x['temp'] / 2**30:.2f}" if "temp" in x else "",
                     f"{x['peak'] / 2**30:.2f}",
@@ -274,14 +207,7 @@ def main(sizes: list[str], rounds: int) -> None:
             )
         head = [f"{size}, {PAIRS[size]} pairs", "tokens/s", "ours is x times", "of the matmul peak", "first loss"]
         print(table([*head, "compiled temp, GiB", "process peak, GiB", "spread"], rows), "\n", flush=True)
-    print(of_the_step())
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words[:1] == ["compiled"]:
-        print(compiled())
-    elif words[:1] == ["touched"]:
-        print(touched(*map(int, words[1:])))
-    else:
-        command({"ours": ours, "torch": torch}, main, ["tiny", "25m"])
+    command({"ours": ours, "torch": torch}, main, ["tiny", "25m"])

@@ -5,14 +5,18 @@ JSON`; it calls `serve` with a function that makes its `measure`. One that canno
 becomes a line that says why, and the others go on.
 """
 
+import contextlib
 import functools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from bench import models
 
 READY = "ready"
 # Huge pages as the Makefile asks for them, for everyone.
@@ -42,7 +46,8 @@ class Worker:
 
     def round(self) -> dict:
         """One measurement; {"failure": words} where it went wrong."""
-        print("go", file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and its answer is that
+            print("go", file=self.process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict:
@@ -50,7 +55,8 @@ class Worker:
         return json.loads(line) if line else {"failure": f"its process ended with {self.process.wait()}"}
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -72,14 +78,32 @@ def serve(make: Callable[[], Callable[[], dict]]) -> None:
         answer({"failure": f"{type(e).__name__}: {e}".splitlines()[0][:200]})
 
 
-def command(makers: Mapping[str, Callable], main: Callable[[list[str], int], None], sizes: list[str]) -> None:
-    """The command line of a benchmark: [SIZE ...] [--rounds=N] for `main`, or a worker's."""
+def command(
+    makers: Mapping[str, Callable],
+    main: Callable[[list[str], int], None],
+    sizes: list[str],
+    known: Iterable[str] = models.SIZES,
+) -> None:
+    """The command line of a benchmark: [SIZE ...] [--rounds=N] for `main`, or a worker's.
+
+    sizes: where none is named; known: those that may be.
+    """
     words = sys.argv[1:]
     if words[:1] == ["worker"]:
         serve(functools.partial(makers[words[1]], **json.loads(words[2])))
         return
-    rounds = next((int(word.split("=")[1]) for word in words if word.startswith("--rounds=")), 3)
-    main([word for word in words if not word.startswith("--")] or sizes, rounds)
+    rounds, named = 3, []
+    for word in words:
+        if word in known:
+            named.append(word)
+        elif found := re.fullmatch(r"--rounds=([1-9]\d*)", word):
+            rounds = int(found[1])
+        else:
+            print(
+                f"error: {word!r} is neither a size ({', '.join(known)}) nor --rounds=N, N at least 1.", file=sys.stderr
+            )
+            sys.exit(2)
+    main(named or sizes, rounds)
 
 
 def in_turns(
@@ -108,21 +132,29 @@ def in_turns(
 
 
 def summary(rows: list[dict]) -> dict:
-    """Medians of the rows' figures, and `spread`, the range of their `seconds` over its median."""
+    """Medians of the rows' figures, and `spread`, the range of their `seconds` over its median.
+
+    Of what is counted (`tokens` or `documents`) `rate` is so many a second, of each round by itself.
+    """
     for row in rows:
         if "failure" in row:
             return row
+    what = next((key for key in ("tokens", "documents") if key in rows[0]), None)
+    if what:
+        rows = [row | {"rate": row[what] / row["seconds"]} for row in rows]
     middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     seconds = [row["seconds"] for row in rows]
     return middle | {"spread": (max(seconds) - min(seconds)) / middle["seconds"]}
 
 
-def times(found: Mapping[str, dict], name: str, what: str = "") -> str:
-    """How many times as quick as `name` ours is, at `what` a second, or at a round; "" where there is no answer."""
+def times(found: Mapping[str, dict], name: str) -> str:
+    """How many times as quick as `name` ours is, by rate, or by rounds; "" where there is no answer."""
     us, them = found["ours"], found[name]
     if name == "ours" or "failure" in us or "failure" in them:
         return ""
-    return f"{(us.get(what, 1) / us['seconds']) / (them.get(what, 1) / them['seconds']):.2f}"
+    if "rate" in us:
+        return f"{us['rate'] / them['rate']:.2f}"
+    return f"{them['seconds'] / us['seconds']:.2f}"
 
 
 def memory(field: str) -> int:

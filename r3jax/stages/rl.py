@@ -57,7 +57,7 @@ class RL:
     Args:
       documents: token rows of the whole corpus, by document row.
       queries: texts, by query row.
-      lengths: at most so many tokens; of queries no more than the longest has.
+      lengths: at most so many tokens; of queries no more than the longest of `queries` has.
       grades: of each query's relevant documents, best first, by query row; 1 each where there are none.
       refill: rounds in which groups without a spread of rewards may be replaced; see `r3jax.stages.rollouts`.
       mask_overlong: whether completions that were cut at the limit are left out of the policy's loss and its KL
@@ -94,8 +94,8 @@ class RL:
         on_nan: str = "stop",
     ):
         # What no query needs is not padded: prompts are read by the sampler and again by every update.
-        longest = max(len(ids) for ids in chat.tokens(queries))
-        lengths = dataclasses.replace(lengths, query=min(lengths.query, max(longest, 1)))
+        longest = max(map(len, chat.tokens(queries)), default=1)
+        lengths = dataclasses.replace(lengths, query=min(lengths.query, longest))
         self.steps, self.mesh, self.model = steps, mesh, model
         self.queries, self.documents, self.chat, self.lengths = queries, documents, chat, lengths
         self.mask_overlong = mask_overlong
