@@ -4,12 +4,14 @@ A single row must read every weight for each token. The bytes of all weights ove
 reading taken off, beside what all cores read at most on this machine; transformers in turns.
 """
 
+import statistics
 import time
 
 from bench import models, peaks
 from bench.turns import command, in_turns, table
 
-SHORT, LONG = 4, 20  # new tokens; their difference is timed
+SHORT, LONG = 4, 36  # new tokens; their difference is timed
+REPEATS = 3
 LABELS = {
     "ours float32": "r3jax, float32",
     "ours bfloat16": "r3jax, bfloat16",
@@ -19,13 +21,13 @@ LABELS = {
 
 
 def difference(run) -> dict:
-    """Seconds of a token, from two lengths."""
-    found = []
-    for new in (SHORT, LONG):
+    """Seconds of a token, from the medians of two lengths."""
+    found: dict[int, list[float]] = {SHORT: [], LONG: []}
+    for new in (SHORT, LONG) * REPEATS:
         begin = time.perf_counter()
         run(new)
-        found.append(time.perf_counter() - begin)
-    return {"seconds": (found[1] - found[0]) / (LONG - SHORT)}
+        found[new].append(time.perf_counter() - begin)
+    return {"seconds": (statistics.median(found[LONG]) - statistics.median(found[SHORT])) / (LONG - SHORT)}
 
 
 def ours(folder: str, dtype: str):
