@@ -12,7 +12,7 @@ import time
 from bench import models, peaks
 from bench.turns import command, in_turns, table, times
 
-PAIRS = {"tiny": 64, "25m": 16, "0.5b": 2}
+PAIRS = {"tiny": 64, "25m": 16, "0.5b": 4}
 BATCHES = 2  # different ones, in turns
 TEMPERATURE, MARGIN, TRIPLET, RATE = 0.05, 0.2, 0.1, 1e-5
 LABELS = {"ours": "r3jax", "torch": "transformers + torch"}
