@@ -25,6 +25,7 @@ NOT_RUN = {
     "make lint": "is run beside the tests",
     "make chaos": "half an hour of kills; the tests have a few of them",
     "make bench": "half an hour of timings, which are no tests",
+    "make bench-large": "the same",
     "python -m r3jax.plan --config=configs/rl.py:qwen2_5_7b --topology=v5e:16x16": (
         "compiles for a TPU for minutes; tests/test_planning.py plans a small model for one"
     ),
