@@ -25,7 +25,7 @@ from r3jax.corpus.identity import identity
 from r3jax.data.documents import Documents
 from r3jax.model.hub import local_folder
 from r3jax.model.sharding import make_mesh
-from r3jax.run import command, stop
+from r3jax.run import command, lock, stop
 from r3jax.run.config import run_main
 from r3jax.run.peers import Peers
 from r3jax.run.progress import progress
@@ -66,17 +66,18 @@ def main(argv: list[str]) -> None:
             return vectors, sum(len(text) > limit for text in ids)
 
         known = identity(model.params, reader, limit) | {"batch_size": reader.batch_size}
-        manifest = encode_corpus(
-            documents,
-            pathlib.Path(out),
-            known,
-            str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source,
-            encode,
-            reader.model.width,
-            dtype,
-            progress,
-            processes.here(),
-        )
+        with lock.alone(pathlib.Path(out), "OUT"):
+            manifest = encode_corpus(
+                documents,
+                pathlib.Path(out),
+                known,
+                str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source,
+                encode,
+                reader.model.width,
+                dtype,
+                progress,
+                processes.here(),
+            )
         if processes.leads():
             cut = manifest["truncated"]
             read = f"; {cut:,} were longer than {manifest['max_length']} tokens and were cut" if cut else ""

@@ -23,7 +23,7 @@ from r3jax.results import table
 from r3jax.results.comparison import compare, refresh_figures
 from r3jax.results.report import write_report
 from r3jax.run import config as run_config
-from r3jax.run import fingerprint
+from r3jax.run import fingerprint, lock
 from r3jax.run.checkpoint import Checkpointer
 from r3jax.run.config import run_main
 from r3jax.run.guard import CollapseGuard, SkipGuard
@@ -44,14 +44,14 @@ def main(argv: list[str], make_stage=assembly.make_stage) -> None:
     weights.adopt(config, parsed.given)
     run_config.validate(config)
     plan = stages_of(config)
-    resuming = assembly.claim(workdir, config, accept)
     jax.config.update("jax_compilation_cache_dir", config.xla_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a second start compiles nothing
     clock = {"start": time.time(), "before": 0.0}
 
     # Mesh, input, model
     mesh = make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), Peers(config.processes.hang) as peers, Stop() as stop:
+    with jax.set_mesh(mesh), Peers(config.processes.hang) as peers, Stop() as stop, lock.alone(workdir, "--workdir"):
+        resuming = assembly.claim(workdir, config, accept)
         assembly.check_mesh(config, mesh)
         parts = assembly.parts(config, workdir, mesh, begun=resuming, beat=peers.beat)
         parts.source  # noqa: B018  written now, so that a cache that cannot be written is no surprise later

@@ -30,6 +30,7 @@ from r3jax.corpus.manifest import refuse_to_mix
 from r3jax.data.documents import Documents
 from r3jax.errors import UserError
 from r3jax.processes import Processes
+from r3jax.run import lock
 from r3jax.search.checks import UNIT_TOLERANCE
 
 MANIFEST, VECTORS, PROGRESS, BEGUN = "manifest.json", "vectors.npy", "progress", "begun.json"
@@ -157,7 +158,9 @@ def check_out(out: pathlib.Path) -> None:
 
 def _is_ours(out: pathlib.Path) -> bool:
     """Whether a folder holds an encoding, the beginning of one, or nothing."""
-    begun = {PROGRESS, f"{VECTORS}.part"} | {x + y for x in (stored.TEXTS, stored.OFFSETS) for y in ("", ".part")}
+    begun = {PROGRESS, f"{VECTORS}.part", lock.FILE} | {
+        x + y for x in (stored.TEXTS, stored.OFFSETS) for y in ("", ".part")
+    }
     if (out / MANIFEST).is_file() or (out / PROGRESS / BEGUN).is_file():
         return True
     return {file.name for file in out.iterdir()} <= begun

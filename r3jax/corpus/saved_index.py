@@ -10,7 +10,6 @@ the new one. It builds anew over all vectors, so that deleted documents leave ne
 
 import contextlib
 import dataclasses
-import fcntl
 import pathlib
 import shutil
 import zipfile
@@ -25,10 +24,11 @@ from r3jax.corpus import manifest
 from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.encoding import MANIFEST, Encoding
 from r3jax.errors import UserError
+from r3jax.run import lock
 from r3jax.run.progress import waiting
 from r3jax.search.index import VersionedIndex
 
-STATE, LOCK = "index.npz", ".lock"
+STATE = "index.npz"
 FORMAT = 1
 VECTORS = ("model", "system", "answer", "max_length", "compute_dtype")  # what two encodings must share
 
@@ -61,8 +61,7 @@ def build_index(encoding: Encoding, out: pathlib.Path, kind: str) -> None:
     with _writing(out):
         if out.exists() and not _is_left_behind(out):
             raise UserError(f"OUT names {out}, where something is already; name another folder or remove that one.")
-        out.mkdir(parents=True, exist_ok=True)
-        with _locked(out, "OUT"):
+        with lock.alone(out, "OUT"):
             _write(out, about, encoding.documents, np.asarray(encoding.vectors))
 
 
@@ -124,19 +123,8 @@ def _changing(folder: pathlib.Path) -> Iterator[SavedIndex]:
     """The index, for whoever alone may change it."""
     if not is_index(folder):
         open_index(folder)  # says why not
-    with _locked(folder, "INDEX"):
+    with lock.alone(folder, "INDEX"):
         yield open_index(folder)
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path, field: str) -> Iterator[None]:
-    """Keeps others from changing the folder; the lock goes with the process, however that ends."""
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{field}: {folder} is being changed by another process; wait for its end.") from None
-        yield
 
 
 @contextlib.contextmanager
@@ -150,7 +138,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 def _is_left_behind(folder: pathlib.Path) -> bool:
     """Whether a folder is empty, or holds what a build that was killed has left: a first generation, no manifest."""
     first, texts = folder / "1", {name + end for name in (stored.TEXTS, stored.OFFSETS) for end in ("", ".part")}
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {first.name, LOCK, f".{MANIFEST}"}:
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {first.name, lock.FILE, f".{MANIFEST}"}:
         return False
     return not first.exists() or first.is_dir() and {path.name for path in first.iterdir()} <= {STATE, *texts}
 
