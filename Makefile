@@ -88,12 +88,12 @@ $(BENCH):
 
 bench: $(BENCH) ## our speed beside the peers', in an environment of its own: half an hour on two cores
 	for name in "rollout --rounds=2" "sft --rounds=2" "where 25m" "encode --rounds=2" "rl_step --rounds=2" \
-		"refresh tiny" "decode --rounds=1" start curves index "import 0_5b"; do \
+		"refresh tiny" start curves index "import 0_5b"; do \
 		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
 	done
 
 bench-large: $(BENCH) ## the same for the 0.5B shape, where 24 GiB hold both
-	for name in "rollout 0.5b --rounds=1" "sft 0.5b --rounds=1" "encode 0.5b --rounds=1" step_memory; do \
+	for name in "rollout 0.5b --rounds=1" "sft 0.5b --rounds=1" "encode 0.5b --rounds=1" "decode --rounds=1" step_memory; do \
 		echo "## $$name" && .venv-bench/bin/python -m bench.$$name || exit $$?; \
 	done
 

@@ -79,7 +79,8 @@ def main(sizes: list[str], rounds: int) -> None:
             if "failure" in x:
                 rows.append([LABELS[name], x["failure"], *[""] * 4])
                 continue
-            flops = models.read(size, tokens, name != "ours" or models.last_layer(size)) / x["seconds"]
+            counted = models.products(size, tokens, last=name != "ours" or models.last_layer(size))
+            flops = sum(counted.values()) / x["seconds"]
             rows.append(
                 [
                     LABELS[name],

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from bench import peaks
+from bench import models, peaks
 from bench.turns import memory
 
 GIB = 2**30
@@ -31,24 +31,14 @@ READERS = {
 
 def write(folder: str, size: str) -> dict:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
     from configs.base import QWEN2_5
 
-    layers, width, heads, kv_heads, head_dim, ffn, vocab, tied = QWEN2_5[f"qwen2_5_{size}"]
+    *shape, tied = QWEN2_5[f"qwen2_5_{size}"]
     torch.set_default_dtype(torch.bfloat16)
-    config = Qwen2Config(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=ffn,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder, max_shard_size="2GB")
+    model = Qwen2ForCausalLM(models.qwen2_config(shape, tied))
+    model.save_pretrained(folder, max_shard_size="2GB")
     return {}
 
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,21 +30,18 @@ def config(size: str, **changes):
     return ModelConfig(*SIZES[size], **changes)
 
 
-def products(size: str, rows: float, last: bool = True) -> dict[str, float]:
+def products(size: str, rows: float, *, logits: bool = False, last: bool = True) -> dict[str, float]:
     """Operations of a forward pass over so many tokens, by part, of products with weights.
 
+    logits: whether each token's are wanted.
     last: whether the last layer is more than keys and values, all of it that an encoder needs of most tokens.
     """
     layers, width, heads, kv_heads, head_dim, ffn, vocab = SIZES[size]
     whole = layers - (not last)
     attention = layers * 2 * kv_heads * head_dim + whole * 2 * heads * head_dim
     each = {"MLP": 3 * whole * width * ffn, "projections of attention": width * attention}
-    return {part: 2.0 * rows * count for part, count in (each | {"logits": width * vocab}).items()}
-
-
-def read(size: str, tokens: float, last: bool = True) -> float:
-    """The same in all, without the logits."""
-    return sum(count for part, count in products(size, tokens, last).items() if part != "logits")
+    each |= {"logits": width * vocab} if logits else {}
+    return {part: 2.0 * rows * count for part, count in each.items()}
 
 
 def last_layer(size: str) -> bool:
@@ -123,6 +120,24 @@ def theirs(name: str, dtype: str = "float32"):
     from transformers import AutoModelForCausalLM
 
     return in_memory(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval())
+
+
+def qwen2_config(shape: Sequence, tied: bool = True):
+    """transformers' config of a shape as in SIZES."""
+    from transformers import Qwen2Config
+
+    layers, width, heads, kv_heads, head_dim, ffn, vocab = shape
+    return Qwen2Config(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=ffn,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+    )
 
 
 def in_memory(model):

@@ -47,19 +47,9 @@ def compiled(remat: str) -> int:
 def touched(layers: str) -> int:
     """Bytes that torch's process grew by at most."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    count, width, heads, kv_heads, _, ffn, vocab = models.SIZES["0.5b"]
-    config = Qwen2Config(
-        num_hidden_layers=count,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        vocab_size=vocab,
-        tie_word_embeddings=True,
-    )
-    model = Qwen2ForCausalLM(config).train()
+    model = Qwen2ForCausalLM(models.qwen2_config(models.SIZES["0.5b"])).train()
     if layers == "again":
         model.gradient_checkpointing_enable()
     ids = torch.zeros((ROWS, LENGTH), dtype=torch.long)

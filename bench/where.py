@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import encode, models, peaks, rollout, sft
-from bench.models import products
 from bench.turns import command, table
 
 LINE = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\(.*?metadata=\{[^}]*op_name="([^"]*)"')
@@ -44,7 +43,7 @@ Work = tuple[Callable[[], object], list, dict[str, float], int]
 
 
 def alone(size: str, rows: int, trained: bool) -> dict[str, float]:
-    """Operations per second of the products that `products` counts, each part's by themselves.
+    """Operations per second of the products that `models.products` counts, each part's by themselves.
 
     trained: with the two of the backward pass, for the inputs and for the weight.
     """
@@ -79,7 +78,7 @@ def step(folder: str, size: str, calls: int) -> Work:
     batch = made.batches[0]
     made(batch)
     rows = made.computed(batch)
-    need = {part: 3 * count for part, count in products(size, rows).items() if part != "logits"}
+    need = {part: 3 * count for part, count in models.products(size, rows).items()}
     return lambda: made(batch), list(made.programs.values()), need, rows
 
 
@@ -94,8 +93,7 @@ def encoding(folder: str, size: str, calls: int) -> Work:
     tokens, lengths = put_batch(it.mesh, pad(rows, bucket_of(len(rows[-1]))))
     call = functools.partial(embed_jit, it.params, tokens=tokens, lengths=lengths)
     program = embed_jit.lower(it.params, tokens=tokens, lengths=lengths, config=it.model).compile()
-    need = products(size, sum(map(len, rows)), models.last_layer(size))
-    del need["logits"]
+    need = models.products(size, sum(map(len, rows)), last=models.last_layer(size))
     return lambda: call(config=it.model).block_until_ready(), [program], need, tokens.size
 
 
@@ -120,7 +118,7 @@ def decoding(folder: str, size: str, calls: int) -> Work:
     states = iter([jax.block_until_ready(begun()) for _ in range(calls)])
     jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends))
     side_by_side = rollout.PROMPTS * rollout.GROUP
-    need = products(size, side_by_side * sampler.LOOK)
+    need = models.products(size, side_by_side * sampler.LOOK, logits=True)
 
     def run():
         jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends))
@@ -163,7 +161,7 @@ def main(sizes: list[str], rounds: int) -> None:
         for name, work in WORKS.items():
             with models.folder(size) as folder, tempfile.TemporaryDirectory() as traces:
                 run, programs, need, rows = work(folder, size, 2 * rounds + 2)
-                before = [alone(size, rows, work is step)]
+                by_itself = [alone(size, rows, work is step)]
                 run()
                 began = time.perf_counter()
                 for _ in range(rounds):
@@ -174,11 +172,11 @@ def main(sizes: list[str], rounds: int) -> None:
                         run()
                 sources = {op: path for program in programs for op, path in operations(program.as_text()).items()}
                 booked, lost = seconds_by_part(pathlib.Path(traces), sources)
-            by_itself = [*before, alone(size, rows, work is step)]
+            by_itself.append(alone(size, rows, work is step))
             least = sorted(sum(count / speed[part] for part, count in need.items()) for speed in by_itself)
             print(f"{size}, {name}: {clock:.3f} s; its products of weights alone: {least[0]:.3f} to {least[1]:.3f} s\n")
-            by_itself = {part: sum(speed[part] for speed in by_itself) / 2 for part in by_itself[0]}
-            print(report(booked, lost, need, by_itself, rounds), "\n", flush=True)
+            mean = {part: sum(speed[part] for speed in by_itself) / 2 for part in need}
+            print(report(booked, lost, need, mean, rounds), "\n", flush=True)
 
 
 def report(booked: collections.Counter, lost: float, need: dict, by_itself: dict, rounds: int) -> str:
