@@ -1,8 +1,8 @@
 """What this machine can do at most, measured: python -m bench.peaks
 
-Operations per second of a float32 matrix product, the best of numpy's, jax's and torch's, whichever are installed; bytes
-per second of a copy of 256 MiB, read and written, and of reading alone, all cores at once. The other benchmarks state
-their shares of these.
+Operations per second of a float32 matrix product, the best of numpy's, jax's and torch's, whichever are installed;
+bytes per second of a copy of 256 MiB, read and written, and of reading alone, all cores at once. The other benchmarks
+state their shares of these.
 """
 
 import concurrent.futures
