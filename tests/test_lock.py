@@ -56,7 +56,7 @@ def test_without_locks_a_warning_and_without_room_one_sentence(tmp_path, monkeyp
     monkeypatch.setattr(fcntl, "flock", broken(errno.ENOLCK))
     with lock.alone(tmp_path / "a", "OUT"):
         assert "knows no locks; see that nothing else writes there" in capsys.readouterr().err
-    monkeypatch.setattr(fcntl, "flock", broken(errno.EIO))
+    monkeypatch.setattr(fcntl, "flock", broken(errno.ENOSPC))
     with (
         pytest.raises(UserError, match="^OUT: cannot write to .*: broken; make room"),
         lock.alone(tmp_path / "a", "OUT"),

@@ -13,6 +13,7 @@ from r3jax import processes
 from r3jax.errors import UserError
 
 FILE = ".lock"
+FULL = {errno.ENOSPC, errno.EDQUOT}
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # some network file systems
 
 
@@ -42,6 +43,7 @@ def _refused(folder: pathlib.Path, field: str, held: contextlib.ExitStack) -> st
         return f"{field}: {folder} is being changed by another process; wait for its end."
     except OSError as e:
         if e.errno not in NO_LOCKS:
-            return f"{field}: cannot write to {folder}: {e.strerror or e}; make room or name another folder."
+            room = "make room or " if e.errno in FULL else ""
+            return f"{field}: cannot write to {folder}: {e.strerror or e}; {room}name another folder."
         print(f"warning: {folder} knows no locks; see that nothing else writes there meanwhile.", file=sys.stderr)
     return ""

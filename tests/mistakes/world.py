@@ -15,6 +15,7 @@ import jax
 
 from r3jax import __main__ as dispatcher
 from r3jax.run import config as run_config
+from r3jax.run import lock
 from r3jax.run.checkpoint import Checkpointer
 from tests import fixtures
 
@@ -157,6 +158,7 @@ def _make_runs() -> None:
     for name in ("untrained", "strange", "run"):
         run_config.save(config, pathlib.Path(name) / run_config.SAVED_NAME)
         parts.chat.tokenizer.save(pathlib.Path(name) / "tokenizer")
+        pathlib.Path(name, lock.FILE).touch()  # which every training leaves
     save(pathlib.Path("strange"), {"nothing": jax.numpy.zeros(2)})
     with jax.set_mesh(parts.mesh):
         save(pathlib.Path("run"), {"train": {"params": parts.initial_params()}})
