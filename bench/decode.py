@@ -78,7 +78,7 @@ def main(sizes: list[str], rounds: int) -> None:
     peak = peaks.measure()
     print(peaks.sentence(peak), "\n")
     for size in sizes:
-        weights = sum(models.products(size, 1, logits=True).values()) / 2  # two operations a weight
+        weights = sum(models.products(size, 1, logits=1).values()) / 2  # two operations a weight
         with models.folder(size) as folder:
             found = in_turns("bench.decode", list(LABELS), {"folder": folder}, rounds, together=False)
         rows = []

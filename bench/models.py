@@ -30,18 +30,18 @@ def config(size: str, **changes):
     return ModelConfig(*SIZES[size], **changes)
 
 
-def products(size: str, rows: float, *, logits: bool = False, last: bool = True) -> dict[str, float]:
+def products(size: str, rows: float, *, logits: float = 0, last: bool = True) -> dict[str, float]:
     """Operations of a forward pass over so many tokens, by part, of products with weights.
 
-    logits: whether each token's are wanted.
+    logits: of how many tokens they are wanted.
     last: whether the last layer is more than keys and values, all of it that an encoder needs of most tokens.
     """
     layers, width, heads, kv_heads, head_dim, ffn, vocab = SIZES[size]
     whole = layers - (not last)
     attention = layers * 2 * kv_heads * head_dim + whole * 2 * heads * head_dim
-    each = {"MLP": 3 * whole * width * ffn, "projections of attention": width * attention}
-    each |= {"logits": width * vocab} if logits else {}
-    return {part: 2.0 * rows * count for part, count in each.items()}
+    each = {"MLP": rows * 3 * whole * width * ffn, "projections of attention": rows * width * attention}
+    each |= {"logits": logits * width * vocab} if logits else {}
+    return {part: 2.0 * count for part, count in each.items()}
 
 
 def last_layer(size: str) -> bool:

@@ -30,7 +30,8 @@ def both(folder: str, size: str):
     rows, count = it.chat.documents(texts, 64), len(texts)
 
     def encode(chosen: np.ndarray) -> np.ndarray:
-        return encode_rows(it.params, it.model, it.mesh, [rows[i] for i in chosen], batch_size=BATCH[size])
+        chosen_rows = [rows[i] for i in chosen]
+        return encode_rows(it.params, it.model, it.mesh, chosen_rows, batch_size=BATCH[size], heads=it.chat.heads)
 
     everything = np.arange(count)
     vectors = encode(everything)

@@ -21,7 +21,8 @@ def asked(data) -> list[dict]:
     return records[:256]
 
 
-def ours(folder: str):
+def stage_of(folder: str):
+    """Our stage 2 on such a folder, and its state."""
     import jax
     import numpy as np
 
@@ -89,7 +90,13 @@ def ours(folder: str):
             max_new=NEW,
         ),
     )
-    state = new_state(it.params, tx, it.mesh, False)
+    return stage, new_state(it.params, tx, it.mesh, False)
+
+
+def ours(folder: str):
+    import jax
+
+    stage, state = stage_of(folder)
     count = 0
 
     def measure() -> dict:

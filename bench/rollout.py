@@ -199,7 +199,7 @@ def report(size: str, case: str, found: dict, peak: dict) -> None:
         if "failure" in x:
             rows.append([LABELS[name], x["failure"], *[""] * 5])
             continue
-        flops = sum(models.products(size, x["rate"], logits=True).values())
+        flops = sum(models.products(size, x["rate"], logits=x["rate"]).values())
         rows.append(
             [
                 LABELS[name],

@@ -4,7 +4,8 @@ Cross-entropy of the answers, InfoNCE and triplet margin over the same pairs, Ad
 recomputes all of a layer but its products; torch is transformers' decoder, its rows padded to the batch's longest, the
 logits where they count, without recomputing, not compiled. Both say their first loss, which must be the same.
 Tokens per second are those of the rows, whoever computes them once or more often. The share of the matmul peak counts
-six operations per weight and token computed: no padding, and ours has the rows' common beginning once a pack.
+six operations per weight and token computed, the unembedding's where an answer counts: no padding, no attention scores,
+nothing computed again, and ours has the rows' common beginning once a pack.
 """
 
 import time
@@ -34,6 +35,18 @@ def pairs_of(it: models.Ours):
         for query, rows in list(data.positives("train").items())[:2000]
     ]
     return PairTransform(records, data, it.chat, Lengths(64, 64, 64), corrupt_thoughts=0.0, most_positives=8)
+
+
+def window_of(chat) -> int:
+    """Tokens of a direct query's answer."""
+    encode = chat.tokenizer.encode
+    return len(encode("assistant\n" + chat.prompts.direct_assistant)) - len(encode("assistant\n")) + 1
+
+
+def answers(batch, chat) -> int:
+    """Tokens whose logits count."""
+    thoughts = (batch["reasoned_length"] - batch["reasoned_start"])[batch["gold"]].sum()
+    return len(batch["gold"]) * window_of(chat) + int(thoughts)
 
 
 def host_batches(transform, pairs: int) -> list[dict]:
@@ -72,7 +85,7 @@ class Step:
             temperature=TEMPERATURE,
             margin=MARGIN,
         )
-        self.mesh, self.state = it.mesh, new_state(it.params, tx, it.mesh, False)
+        self.chat, self.mesh, self.state = it.chat, it.mesh, new_state(it.params, tx, it.mesh, False)
         self.batches = host_batches(transform, pairs)
         self.programs: dict = {}
 
@@ -99,13 +112,14 @@ def ours(folder: str, pairs: int):
     step = Step(folder, pairs)
     losses: list[float] = []
     computed = sum(map(step.computed, step.batches))
+    predicted = sum(answers(batch, step.chat) for batch in step.batches)
 
     def measure() -> dict:
         begin = time.perf_counter()
         losses.extend(map(step, step.batches))
         seconds = time.perf_counter() - begin
         temp = max(program.memory_analysis().temp_size_in_bytes for program in step.programs.values())
-        found = {"tokens": tokens(step.batches), "computed": computed}
+        found = {"tokens": tokens(step.batches), "computed": computed, "answers": predicted}
         return {"seconds": seconds, "first": losses[0], "temp": temp} | found
 
     measure()
@@ -117,8 +131,7 @@ def torch(folder: str, pairs: int):
 
     it = models.ours(folder)
     batches = host_batches(pairs_of(it), pairs)
-    encode = it.chat.tokenizer.encode
-    window = len(encode("assistant\n" + it.chat.prompts.direct_assistant)) - len(encode("assistant\n")) + 1
+    window = window_of(it.chat)
     model = models.theirs(folder).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     losses: list[float] = []
@@ -132,7 +145,7 @@ def torch(folder: str, pairs: int):
     def unit(x):
         return torch.nn.functional.normalize(x, dim=-1)
 
-    def answers(ids, lengths, states, starts):
+    def cross_entropy(ids, lengths, states, starts):
         """Sum of the cross-entropies of ids[starts : lengths], and their number."""
         at = torch.arange(ids.shape[1])[None]
         where = (at >= starts[:, None] - 1) & (at < lengths[:, None] - 1)
@@ -148,7 +161,7 @@ def torch(folder: str, pairs: int):
         for name in ("direct", "reasoned"):
             ids, lengths, states, vectors = read(batch[name], batch[f"{name}_length"])
             starts = lengths - window if name == "direct" else torch.from_numpy(batch["reasoned_start"]).long()
-            ce, number = answers(ids, lengths, states, starts)
+            ce, number = cross_entropy(ids, lengths, states, starts)
             total, count = total + ce, count + number
             scores = vectors @ docs.T
             masked = (scores / TEMPERATURE).masked_fill(known & ~own, -torch.inf)
@@ -168,7 +181,8 @@ def torch(folder: str, pairs: int):
         for batch in batches:
             step(batch)
         seconds, count = time.perf_counter() - begin, tokens(batches)
-        return {"seconds": seconds, "first": losses[0], "tokens": count, "computed": count}
+        predicted = sum(answers(batch, it.chat) for batch in batches)
+        return {"seconds": seconds, "first": losses[0], "tokens": count, "computed": count, "answers": predicted}
 
     measure()
     return measure
@@ -192,7 +206,7 @@ def main(sizes: list[str], rounds: int) -> None:
             if "failure" in x:
                 rows.append([LABELS[name], x["failure"], *[""] * 7])
                 continue
-            flops = 3 * sum(models.products(size, x["computed"]).values()) / x["seconds"]
+            flops = 3 * sum(models.products(size, x["computed"], logits=x["answers"]).values()) / x["seconds"]
             rows.append(
                 [
                     LABELS[name],

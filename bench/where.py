@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import encode, models, peaks, rollout, sft
+from bench import encode, models, peaks, rl_step, rollout, sft
 from bench.turns import command, table
 
 LINE = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\(.*?metadata=\{[^}]*op_name="([^"]*)"')
+CHUNK = 1024  # tokens whose logits `r3jax.losses.token_terms` computes at a time
 AROUND = {"while", "call", "conditional"}  # their time is that of what lies within
+REST = "logits, losses, drawing tokens, copies"  # what follows the logits is fused with their product
 PARTS = (
     ("MLP", "/mlp/"),
     ("projections of attention", r"/attn/[qkvo]/"),
@@ -33,8 +35,7 @@ PARTS = (
     ("norms", "_norm|RMSNorm"),
     ("embedding, layer loop", "Decoder|Embed"),
     ("optimiser", r"update\)/(cond|square|sqrt)"),
-    ("logits", r"d,vd->"),
-    ("losses, drawing tokens, copies", ""),
+    (REST, ""),
 )
 PASSES = (("recomputed", "rematted_computation"), ("backward", r"transpose\("), ("forward", ""))
 
@@ -62,13 +63,14 @@ def alone(size: str, rows: int, trained: bool) -> dict[str, float]:
     found = {}
     for part, each in shapes.items():
         seconds = count = 0.0
+        tokens = min(rows, CHUNK) if part == "logits" else rows
         for inputs, outputs in each:
-            x, w, dy = jnp.ones((rows, inputs)), jnp.ones((inputs, outputs)), jnp.ones((rows, outputs))
+            x, w, dy = jnp.ones((tokens, inputs)), jnp.ones((inputs, outputs)), jnp.ones((tokens, outputs))
             backward = [(for_inputs, dy, w), (for_weight, x, dy)] if trained else []
             for call, *given in [(forward, x, w), *backward]:
                 call(*given).block_until_ready()
                 seconds += peaks.best(lambda call=call, given=given: call(*given).block_until_ready())
-                count += 2.0 * rows * inputs * outputs
+                count += 2.0 * tokens * inputs * outputs
         found[part] = count / seconds
     return found
 
@@ -78,21 +80,41 @@ def step(folder: str, size: str, calls: int) -> Work:
     batch = made.batches[0]
     made(batch)
     rows = made.computed(batch)
-    need = {part: 3 * count for part, count in models.products(size, rows).items()}
+    need = {
+        part: 3 * count for part, count in models.products(size, rows, logits=sft.answers(batch, made.chat)).items()
+    }
     return lambda: made(batch), list(made.programs.values()), need, rows
 
 
+def update(folder: str, size: str, calls: int) -> Work:
+    stage, state = rl_step.stage_of(folder)
+    batch, _ = stage.next_batch(state, 1)
+    program = stage.update.lower(state, batch).compile()
+    rows = int((batch["packs"].segments > 0).sum())
+    need = models.products(size, rows, logits=int(batch["mask"].sum()))
+
+    def run():
+        nonlocal state
+        state, metrics = program(state, batch)
+        jax.block_until_ready(metrics)
+
+    run()
+    return run, [program], {part: 3 * count for part, count in need.items()}, rows
+
+
 def encoding(folder: str, size: str, calls: int) -> Work:
-    from r3jax.model.encoder import bucket_of, embed_jit, pad
+    from r3jax.model.encoder import bucket_of, embed_jit, pad, shared_jit
     from r3jax.model.sharding import put_batch
 
     it = models.ours(folder)
+    head = it.chat.direct_head
     rows = it.chat.documents(encode.documents(encode.DOCUMENTS[size]), 256)
-    rows = sorted(rows, key=len)[len(rows) // 2 :][: encode.BATCH]
+    rows = [row[len(head) :] for row in sorted(rows, key=len)[len(rows) // 2 :][: encode.BATCH]]
     jax.set_mesh(it.mesh)
-    tokens, lengths = put_batch(it.mesh, pad(rows, bucket_of(len(rows[-1]))))
-    call = functools.partial(embed_jit, it.params, tokens=tokens, lengths=lengths)
-    program = embed_jit.lower(it.params, tokens=tokens, lengths=lengths, config=it.model).compile()
+    tokens, lengths, ids = put_batch(it.mesh, (*pad(rows, bucket_of(len(rows[-1]))), np.array([head], np.int32)))
+    given = {"tokens": tokens, "lengths": lengths, "before": shared_jit(it.params, it.model, ids)}
+    call = functools.partial(embed_jit, it.params, **given)
+    program = embed_jit.lower(it.params, **given, config=it.model).compile()
     need = models.products(size, sum(map(len, rows)), last=models.last_layer(size))
     return lambda: call(config=it.model).block_until_ready(), [program], need, tokens.size
 
@@ -118,7 +140,7 @@ def decoding(folder: str, size: str, calls: int) -> Work:
     states = iter([jax.block_until_ready(begun()) for _ in range(calls)])
     jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends))
     side_by_side = rollout.PROMPTS * rollout.GROUP
-    need = models.products(size, side_by_side * sampler.LOOK, logits=True)
+    need = models.products(size, side_by_side * sampler.LOOK, logits=side_by_side * sampler.LOOK)
 
     def run():
         jax.block_until_ready(sampler.decode(weights, next(states), key, **options, **ends))
@@ -126,7 +148,13 @@ def decoding(folder: str, size: str, calls: int) -> Work:
     return run, [program], need, side_by_side
 
 
-WORKS = {"a step of stage 1": step, "encoding a batch": encoding, "decoding 32 tokens of 64 rows": decoding}
+WORKS = {
+    "a step of stage 1": step,
+    "an update of GRPO": update,
+    "encoding a batch": encoding,
+    "decoding 32 tokens of 64 rows": decoding,
+}
+TRAINED = (step, update)
 
 
 def operations(text: str) -> dict[str, str]:
@@ -161,7 +189,7 @@ def main(sizes: list[str], rounds: int) -> None:
         for name, work in WORKS.items():
             with models.folder(size) as folder, tempfile.TemporaryDirectory() as traces:
                 run, programs, need, rows = work(folder, size, 2 * rounds + 2)
-                by_itself = [alone(size, rows, work is step)]
+                by_itself = [alone(size, rows, work in TRAINED)]
                 run()
                 began = time.perf_counter()
                 for _ in range(rounds):
@@ -172,7 +200,7 @@ def main(sizes: list[str], rounds: int) -> None:
                         run()
                 sources = {op: path for program in programs for op, path in operations(program.as_text()).items()}
                 booked, lost = seconds_by_part(pathlib.Path(traces), sources)
-            by_itself.append(alone(size, rows, work is step))
+            by_itself.append(alone(size, rows, work in TRAINED))
             least = sorted(sum(count / speed[part] for part, count in need.items()) for speed in by_itself)
             print(f"{size}, {name}: {clock:.3f} s; its products of weights alone: {least[0]:.3f} to {least[1]:.3f} s\n")
             mean = {part: sum(speed[part] for speed in by_itself) / 2 for part in need}
@@ -187,7 +215,8 @@ def report(booked: collections.Counter, lost: float, need: dict, by_itself: dict
         each = [booked[part, name] for name in passes]
         if not sum(each):
             continue
-        speeds = [need[part] * rounds / sum(each) / 1e9, by_itself[part] / 1e9] if part in need else []
+        name = "logits" if part == REST else part
+        speeds = [need[name] * rounds / sum(each) / 1e9, by_itself[name] / 1e9] if name in need else []
         shares = [f"{x / total:.1%}" if x else "" for x in each]
         rows.append([part, f"{sum(each) / total:.1%}", *([f"{x:.0f}" for x in speeds] or ["", ""]), *shares])
     rows.append(["not attributed", f"{lost / total:.1%}", *[""] * (len(passes) + 2)])

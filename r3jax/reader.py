@@ -170,7 +170,16 @@ class Reader:
             on_rows(count)
             self.beat()
 
-        return encode_rows(params, self.model, self.mesh, rows, batch_size=self.batch_size, keep=keep, on_rows=told)
+        return encode_rows(
+            params,
+            self.model,
+            self.mesh,
+            rows,
+            batch_size=self.batch_size,
+            heads=self.chat.heads,
+            keep=keep,
+            on_rows=told,
+        )
 
     def prompt_width(self, longest: int) -> int:
         """The padded length of a batch of prompts: few, for each compiles a decoding loop."""

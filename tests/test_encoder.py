@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from r3jax.model import qwen2
-from r3jax.model.encoder import bucket_of, embed_jit, encode_rows, normalise, pad
+from r3jax.model import encoder, qwen2
+from r3jax.model.encoder import bucket_of, embed, embed_jit, encode_rows, normalise, pad
 from r3jax.model.qwen2 import hidden_states
 from r3jax.model.sharding import make_mesh
 from tests.tiny_model import sizes, weights
@@ -63,6 +63,38 @@ def test_eight_devices_give_the_same_vectors_without_a_mesh_set(params, rows, ve
     """The caller's batch size need not be a multiple of the parts that the batch is split into."""
     spread = encode_rows(params, CONFIG, make_mesh(1, 4, 2), rows, batch_size=6)
     np.testing.assert_allclose(spread, vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize("unrolled", [8, 0])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_all_rows_begin_with_is_computed_once(monkeypatch, params, rows, devices, unrolled):
+    """The longer head is theirs; rows that do not share one, and small batches, are read whole."""
+    monkeypatch.setattr(qwen2, "UNROLLED", unrolled)
+    mesh = make_mesh(1, 4, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1])
+    head = [5, 6, 7]
+    whole = [head + row for row in rows]
+    widths = []
+
+    def watched(*args, **kwargs):
+        widths.append(kwargs["tokens"].shape[1])
+        return jax.jit(embed, static_argnames="config")(*args, **kwargs)
+
+    monkeypatch.setattr(encoder, "embed_jit", watched)
+
+    def encode(rows, **options):
+        widths.clear()
+        return encode_rows(params, CONFIG, mesh, rows, **options)
+
+    want = encode(whole, batch_size=64)
+    assert widths == [40]
+    np.testing.assert_allclose(encode(whole, batch_size=64, heads=([9], head)), want, atol=1e-5)
+    assert widths == [32]
+    encode([*whole, [1]], batch_size=64, heads=(head,))
+    assert widths == [40]
+    encode([*whole, head], batch_size=64, heads=(head,))  # a row that is nothing but the head
+    assert widths == [40]
+    encode(whole, batch_size=4, heads=(head,))
+    assert max(widths) == 40
 
 
 def test_nothing_to_encode_and_nothing_in_a_row(params, mesh):

@@ -7,7 +7,7 @@
 The kernels want lengths that are multiples of 128 (cuDNN's gradient has been seen to be NaN at others); shorter rows
 are padded here. In every kernel padding sees padding, so that no row is without a key.
 
-Axes: B batch, L length, K kv heads, M query heads per kv head, H head dim.
+Axes: B batch, L length, S keys, K kv heads, M query heads per kv head, H head dim.
 """
 
 import jax
@@ -41,15 +41,15 @@ def check(kernel: str, platform: str, compute_dtype: str) -> None:
 
 
 def visible(
-    segments: Int[Array, "B L"] | Bool[Array, "B L"], branches: Int[Array, "B L"] | None = None
-) -> Bool[Array, "B L L"]:
+    segments: Int[Array, "B L"] | Bool[Array, "B L"], branches: Int[Array, "B L"] | None = None, shared: int = 0
+) -> Bool[Array, "B L S"]:
     """What a token (second axis) sees: itself and what stands before it in its own segment, and there in branch 0 or
-    its own branch."""
+    its own branch; and `shared` keys that stand before the rows (S = shared + L)."""
     length = segments.shape[1]
     seen = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, None, :] == segments[:, :, None])
     if branches is not None:
         seen &= (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-    return seen
+    return jnp.pad(seen, [(0, 0), (0, 0), (shared, 0)], constant_values=True) if shared else seen
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -59,12 +59,12 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
 
 def attend(
     q: Float[Array, "B L K M H"],
-    keys: Float[Array, "B L K H"],
-    values: Float[Array, "B L K H"],
+    keys: Float[Array, "B S K H"],
+    values: Float[Array, "B S K H"],
     seen: Array,
     kernel: str = "xla",
 ) -> Float[Array, "B L K M H"]:
-    """Attention of queries that are scaled already.
+    """Attention of queries that are scaled already; for `xla` keys may stand before those of the queries (S >= L).
 
     seen: what `visible` gives, made once for all layers; for `splash`, which knows no branches, the segments [B, L].
     """
@@ -84,14 +84,15 @@ def _in_blocks(q, keys, values, seen):
 
     On CPU it takes half the time, for scores of a block stay in the cache.
     """
-    length = q.shape[1]
-    if length != keys.shape[1]:
-        return _plain(q, keys, values, seen)
+    length, before = q.shape[1], keys.shape[1] - q.shape[1]
     count = next(n for n in (8, 4, 2, 1) if n == 1 or (length % n == 0 and length // n >= _LEAST))
     size = length // count
-    ends = range(size, length + 1, size)
-    blocks = [_plain(q[:, e - size : e], keys[:, :e], values[:, :e], seen[:, e - size : e, :e]) for e in ends]
-    return jnp.concatenate(blocks, axis=1)
+
+    def block(end):
+        asking, to = slice(end - size, end), before + end
+        return _plain(q[:, asking], keys[:, :to], values[:, :to], seen[:, asking, :to])
+
+    return jnp.concatenate([block(end) for end in range(size, length + 1, size)], axis=1)
 
 
 def _plain(q, keys, values, seen):

@@ -36,7 +36,7 @@ def decode_step(
     new = []
     for i, layer in enumerate(params["layers"]):
         memory = (cache.prompt_k[i], cache.prompt_v[i], cache.prompt_valid, cache.new_k[i], cache.new_v[i])
-        x, kv = Block(config, gathered).apply({"params": layer}, x, positions, None, memory, slot)
+        x, kv = Block(config, gathered).apply({"params": layer}, x, positions, None, None, memory, slot)
         new.append(kv)
     x = RMSNorm(config).apply({"params": params["final_norm"]}, x)
     new_k, new_v = zip(*new, strict=True)

@@ -5,7 +5,6 @@ Axes: B batch, L length, D width, N texts.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from r3jax.model.qwen2 import ModelConfig, last_states
+from r3jax.model.qwen2 import ModelConfig, last_states, shared_states
 from r3jax.model.sharding import batch_parts, own_rows, put_batch, to_host
+
+MANY = 8  # rows of a batch, for each of its parts, from which on what they begin with is computed once
 
 
 def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -23,12 +24,13 @@ def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
-def embed(params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, " B"]):
-    """Unit vectors [B, D] in fp32 of right-padded rows that end at the embed token."""
-    return normalise(last_states(params, config, tokens, lengths))
+def embed(params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, " B"], before=None):
+    """Unit vectors [B, D] in fp32 of right-padded rows that end at the embed token; `before` as of `last_states`."""
+    return normalise(last_states(params, config, tokens, lengths, before))
 
 
-embed_jit = partial(jax.jit, static_argnames=("config",))(embed)
+embed_jit = jax.jit(embed, static_argnames=("config",))
+shared_jit = jax.jit(shared_states, static_argnames=("config",))
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +51,14 @@ def bucket_of(length: int, step: int = 8) -> int:
     return -(-length // step) * step
 
 
+def _head(rows: Sequence[Sequence[int]], heads: Sequence[Sequence[int]]) -> list[int]:
+    """The one that all rows begin with and have something behind, [] where there is none."""
+    for head in map(list, heads):
+        if rows and all(len(row) > len(head) and list(row[: len(head)]) == head for row in rows):
+            return head
+    return []
+
+
 def encode_rows(
     params,
     config: ModelConfig,
@@ -56,10 +66,14 @@ def encode_rows(
     rows: Sequence[Sequence[int]],
     *,
     batch_size: int,
+    heads: Sequence[Sequence[int]] = (),
     keep: slice = slice(None),
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray:
     """Unit vectors [N, D] of tokenised rows, in their order; with `keep`, those of a run of rows alone.
+
+    Where all rows begin with one of the `heads`, that is computed once, unless batches are so small that another pass
+    through the weights costs more than it saves (or the kernel is not xla).
 
     Rows are grouped by length into a few padded shapes, so each shape compiles once. One batch is prepared
     while the device works on the last. Rows must not be empty. `on_rows` is called with each batch's number of rows.
@@ -70,6 +84,13 @@ def encode_rows(
     order = np.argsort([len(r) for r in rows], kind="stable")
     if len(order) and not len(rows[order[0]]):
         raise ValueError(f"rows: row {order[0]} is empty, so it has no last token")
+    head = _head(rows, heads) if batch_size >= MANY * parts and config.attention == "xla" else []
+    before = None
+    if head:
+        ids = put_batch(mesh, own_rows(mesh, np.tile(np.array(head, np.int32), (parts, 1))))
+        with jax.set_mesh(mesh):
+            before = shared_jit(params, config=config, head=ids)
+        rows = [row[len(head) :] for row in rows]
     first, last, _ = keep.indices(len(rows))
     result = np.empty((last - first, config.width), np.float32)
     waiting: deque = deque()
@@ -85,7 +106,7 @@ def encode_rows(
         padded = pad([rows[i] for i in chosen], bucket_of(len(rows[chosen[-1]])), batch_size)
         tokens, lengths = put_batch(mesh, own_rows(mesh, padded))
         with jax.set_mesh(mesh):
-            vectors = embed_jit(params, tokens=tokens, lengths=lengths, config=config)
+            vectors = embed_jit(params, tokens=tokens, lengths=lengths, config=config, before=before)
         waiting.append((chosen, vectors))
         if len(waiting) > 1:
             fetch()

@@ -73,6 +73,7 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
 
+Shared = tuple[Float[Array, "*layers N P K H"], Float[Array, "*layers N P K H"]]  # keys and values
 Table = dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]
 
 
@@ -173,9 +174,10 @@ class Attention(nn.Module):
     gathered: bool = True
 
     @nn.compact
-    def __call__(self, x, positions, seen, memory=None, slot=None, at=None):
+    def __call__(self, x, positions, seen, before: Shared | None = None, memory=None, slot=None, at=None):
         """x [B, L, D] with `seen` as `attend` wants it: attention inside the sequence. With `at` [B] only that token of
-        each row asks, so the output is [B, 1, D].
+        each row asks, so the output is [B, 1, D]. `before` are keys and values of what stands before all rows, as
+        `shared_states` returns them, of one layer.
 
         With `memory` (one layer of a KVCache and prompt_valid) x holds one new token for each of L=G samples
         of a prompt: they attend to the shared prompt and to their own earlier tokens, whose slots 0..slot are
@@ -190,6 +192,8 @@ class Attention(nn.Module):
         values = linear((c.width,), (k, h), ("embed", "kv_heads", None), name="v")(x)
         turn = partial(rope, theta=c.rope_theta, factor=c.rope_factor, original_length=c.rope_original_length)
         q, keys = turn(q, positions=places) * h**-0.5, turn(keys, positions=positions)
+        if before is not None:
+            keys, values = (_after(*both) for both in zip(before, (keys, values), strict=True))
         if memory is None:
             mixed = attend(q, keys, values, seen, c.attention if at is None else "xla")
             state = (keys, values)
@@ -211,6 +215,14 @@ class Attention(nn.Module):
         axes = ("kv_heads", None, None, "embed")
         y = Linear((k, m, h), (c.width,), axes, c, gathered=self.gathered, name="o")(mixed)
         return y, state
+
+
+def _after(shared: jax.Array, own: jax.Array) -> jax.Array:
+    """Keys or values [B, P + L, K, H]: those that a part of the batch has once, [N, P, K, H], before each row's own."""
+    parts, length, *rest = shared.shape
+    spec = P(BATCH, *used((None, "kv_heads", None)))
+    wide = jnp.broadcast_to(shared[:, None], (parts, own.shape[0] // parts, length, *rest))
+    return jnp.concatenate([jnp.reshape(wide, (-1, length, *rest), out_sharding=out(spec)), own], axis=1)
 
 
 def token_at(x: Shaped[Array, "B L D"], at: Int[Array, " B"]) -> Shaped[Array, "B 1 D"]:
@@ -236,10 +248,10 @@ class Block(nn.Module):
     gathered: bool = True
 
     @nn.compact
-    def __call__(self, x, positions, seen, memory=None, slot=None, at=None):
+    def __call__(self, x, positions, seen, before=None, memory=None, slot=None, at=None):
         c = self.config
         attention, mlp = Attention(c, self.gathered, name="attn"), MLP(c, self.gathered, name="mlp")
-        mixed, state = attention(RMSNorm(c, name="attn_norm")(x), positions, seen, memory, slot, at)
+        mixed, state = attention(RMSNorm(c, name="attn_norm")(x), positions, seen, before, memory, slot, at)
         x = (x if at is None else token_at(x, at)) + mixed
         x = x + mlp(RMSNorm(c, name="mlp_norm")(x))
         return x, state
@@ -279,15 +291,17 @@ class Decoder(nn.Module):
         positions: Int[Array, "B L"],
         segments: Int[Array, "B L"] | Bool[Array, "B L"],
         branches: Int[Array, "B L"] | None = None,
+        before: Shared | None = None,
     ):
         """Returns hidden [B, L, D] and the keys and values of all layers, each [layers, B, L, K, H].
 
         A token sees what stands before it in its own segment, and itself; segment 0 (False) is padding. Where a segment
-        has branches it sees those of branch 0 and of its own.
+        has branches it sees those of branch 0 and of its own. With `before`, of `shared_states`, all see that too; no
+        kernel but xla can.
         """
         c = self.config
         x = Embed(c, name="embed")(tokens)
-        seen = segments if c.attention == "splash" else visible(segments, branches)
+        seen = segments if c.attention == "splash" else visible(segments, branches, _length(before))
         block = Block
         if REMAT[c.remat] is not None:
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
@@ -295,10 +309,10 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.layers,
         )
-        x, cache = stack(c, name="layers")(x, positions, seen)
+        x, cache = stack(c, name="layers")(x, positions, seen, before)
         x = RMSNorm(c, name="final_norm")(x)
         return x, cache
 
@@ -323,25 +337,46 @@ def hidden_states(
     return Decoder(config).apply({"params": params}, tokens, positions, valid, rngs=rngs)[0]
 
 
+def shared_states(params, config: ModelConfig, head: Int[Array, "N P"]) -> Shared:
+    """Keys and values [layers, N, P, K, H] of ids that many rows begin with, once for each of N parts of the batch."""
+    positions, valid = right_padded(jnp.full_like(head[:, 0], head.shape[1]), head.shape[1])
+    read: Any = Decoder(config).apply({"params": params}, head, positions, valid)
+    return read[1]
+
+
 def last_states(
-    params, config: ModelConfig, tokens: Int[Array, "B L"], lengths: Int[Array, " B"]
+    params,
+    config: ModelConfig,
+    tokens: Int[Array, "B L"],
+    lengths: Int[Array, " B"],
+    before: Shared | None = None,
 ) -> Float[Array, "B D"]:
     """The hidden state at each right-padded row's last token: `hidden_states` there, without what nothing reads.
 
     In the last layer only that token asks, and only it passes the MLP. To leave the last layer out of the scan its
     weights are taken from the stack, which copies all layers' where there are many: then the gain is small too.
+    With `before`, of `shared_states`, the rows are what follows there (with the xla kernel).
     """
-    if config.layers > UNROLLED:
-        return token_at(hidden_states(params, config, tokens, lengths), lengths - 1)[:, 0]
     positions, valid = right_padded(lengths, tokens.shape[1])
-    seen = valid if config.attention == "splash" else visible(valid)
-    *before, last = unstack(params, config)["layers"]
+    length = _length(before)
+    positions = positions + length
+    if config.layers > UNROLLED:
+        hidden, _ = Decoder(config).apply({"params": params}, tokens, positions, valid, before=before)
+        return token_at(hidden, lengths - 1)[:, 0]
+    seen = valid if config.attention == "splash" else visible(valid, shared=length)
+    *others, last = unstack(params, config)["layers"]
+    shared = [jax.tree.map(lambda x, i=i: x[i], before) for i in range(config.layers)]
     x: Any = Embed(config).apply({"params": params["embed"]}, tokens)
-    for layer in before:
-        x, _ = Block(config).apply({"params": layer}, x, positions, seen)
-    x, _ = Block(config).apply({"params": last}, x, positions, valid[:, None], at=lengths - 1)
+    for layer, kv in zip(others, shared, strict=False):
+        x, _ = Block(config).apply({"params": layer}, x, positions, seen, kv)
+    seen = jnp.pad(valid, [(0, 0), (length, 0)], constant_values=True)[:, None]
+    x, _ = Block(config).apply({"params": last}, x, positions, seen, shared[-1], at=lengths - 1)
     x = RMSNorm(config).apply({"params": params["final_norm"]}, x)
     return x[:, 0]
+
+
+def _length(before: Shared | None) -> int:
+    return 0 if before is None else before[0].shape[-3]
 
 
 def unembedding(params, config: ModelConfig, gathered: bool = True) -> Float[Array, "V D"]:

@@ -215,7 +215,15 @@ class RL:
 
     def _encode(self, params, rows: np.ndarray, keep: slice = slice(None)) -> np.ndarray:
         documents = [self.documents[row] for row in rows]
-        vectors = encode_rows(params, self.model, self.mesh, documents, batch_size=self.encode_batch, keep=keep)
+        vectors = encode_rows(
+            params,
+            self.model,
+            self.mesh,
+            documents,
+            batch_size=self.encode_batch,
+            heads=self.chat.heads,
+            keep=keep,
+        )
         if not np.isfinite(vectors).all():
             raise UserError(
                 "the vector of a document is not finite, the run has diverged; lower config.rl.learning_rate and name "

@@ -21,7 +21,7 @@ class Prompts:
     """The fixed texts of both modes.
 
     Attributes:
-      direct_head, reasoning_head: the ids that every direct chat and every reasoning prompt begins with.
+      direct_head, reasoning_head: the ids that every direct chat and every reasoning prompt begins with; `heads` both.
       direct_system: system turn where the text is embedded without reasoning.
       direct_assistant: the fixed answer before the embed token in that mode.
       reasoning_system: system turn where the model writes a thought, then the embed token.
@@ -59,6 +59,7 @@ class ChatFormat:
         self.prompts = prompts
         self.direct_head = self._head(prompts.direct_system)
         self.reasoning_head = self._head(prompts.reasoning_system)
+        self.heads = (self.direct_head, self.reasoning_head)
         self._direct_tail = [*self._tail(prompts.direct_assistant), tokenizer.embed_id]
         self._reasoning_tail = self._tail("")
         self._answer = [*tokenizer.encode(prompts.direct_assistant), tokenizer.embed_id]
