@@ -1,6 +1,7 @@
 """The log: a resumed run leaves the same lines; output stays readable without a terminal."""
 
 import json
+import logging
 
 import jax.numpy as jnp
 import numpy as np
@@ -151,3 +152,12 @@ def test_quiet_and_other_processes(tmp_path, capsys, monkeypatch):
         assert log.offset == {}
     assert not (tmp_path / "other").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_of_a_failed_write_orbax_alone_is_not_heard_twice(caplog):
+    """asyncio tells of every write of a checkpoint that nobody waited for; of other libraries' tasks it still may."""
+    log_lib.quiet_libraries()
+    asyncio = logging.getLogger("asyncio")
+    asyncio.error("Task exception was never retrieved\nfuture: <Task coro=<write() defined at .../orbax/checkpoint>>")
+    asyncio.error("Task exception was never retrieved\nfuture: <Task coro=<answer() defined at serving>>")
+    assert [record.getMessage()[-9:] for record in caplog.records] == ["serving>>"]

@@ -42,6 +42,12 @@ def quiet_libraries() -> None:
     """
     logging.getLogger("bm25s").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax, grain, tfds: what they log as an error they raise
+    logging.getLogger("asyncio").addFilter(_not_of_orbax)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Of writes that fail together orbax raises the first; the others are nobody's."""
+    return "orbax" not in record.getMessage()
 
 
 class RunLog:
