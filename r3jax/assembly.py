@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from r3jax import processes, weights
 from r3jax.data import beir, chats, store, thoughts
-from r3jax.errors import UserError
+from r3jax.errors import UserError, writing
 from r3jax.model import attention, lora
 from r3jax.model import params as model_params
 from r3jax.model.hub import local_folder
@@ -43,12 +43,10 @@ def claim(workdir: pathlib.Path, config: ConfigDict, accept: Collection[str] = (
     begun = weights.last_stage(workdir) is not None
     if begun:
         fingerprint.refuse_config(workdir, run_config.load_saved(path), config, accept)
-    try:
+    with writing("--workdir", workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         if processes.leads():
             run_config.save(config, path)
-    except OSError as e:
-        raise UserError(f"--workdir: cannot write to {workdir}: {e.strerror}; name another folder.") from None
     return begun
 
 

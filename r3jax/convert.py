@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from r3jax import export, weights
 from r3jax.data import pairs
-from r3jax.errors import UserError
+from r3jax.errors import UserError, cannot_write
 from r3jax.model import lora, peft
 from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face_config import read_dtype
@@ -218,7 +218,7 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         yield part
         part.replace(target)
     except OSError as e:
-        raise UserError(f"DST: cannot write to {target}: {e.strerror or e}; name another folder.") from None
+        raise UserError(cannot_write("DST", target, e)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

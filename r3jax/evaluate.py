@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from r3jax import assembly, processes, weights
 from r3jax.data import beir
-from r3jax.errors import UserError
+from r3jax.errors import UserError, writing
 from r3jax.model.hub import local_folder
 from r3jax.model.sharding import make_mesh
 from r3jax.reader import OnRows, Reader
@@ -167,10 +167,8 @@ def measure(
         out = pathlib.Path(flags["out"] or default / name)
         if flags["out"] and len(tasks) > 1:
             out = out / name
-        try:
+        with writing("--out", out):
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out: cannot write to {out}: {e.strerror}; name another folder.") from None
         found = compare(task.dataset, splits, [model], task.reader, task.encode_corpus, out, conditions)
         results = {"name": title, "data": task.dataset.name, "source": str(pathlib.Path(task.source).absolute())}
         results |= found

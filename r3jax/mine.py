@@ -10,16 +10,14 @@ For example:
     r3jax mine runs/rl-tiny data/tldr-commands negatives.jsonl --negatives=8 --margin=0.95
 """
 
-import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
 
 from r3jax.corpus.encoding import refuse_lost
 from r3jax.corpus.mining import mine, sentence, summary, to_line
 from r3jax.data import beir
-from r3jax.errors import UserError
+from r3jax.errors import UserError, writing
 from r3jax.evaluation.bm25 import BM25
 from r3jax.model.hub import local_folder
 from r3jax.run import command
@@ -60,7 +58,7 @@ def main(argv: list[str]) -> None:
     if pathlib.Path(out).exists():
         raise UserError(f"OUT names {out}, where something is already; name another file or remove that one.")
     part = pathlib.Path(f"{out}.part")
-    with _writing(out):
+    with writing("OUT", out, "file"):
         part.touch()
     try:
         dataset = beir.load(data, on_error=on_error)
@@ -79,21 +77,13 @@ def main(argv: list[str]) -> None:
             else:
                 candidates[name] = VersionedIndex.build(documents, 0, "exact").search(queries, depth)[0]
         mined = mine(dataset, split, queries, documents, candidates, count=count, margin=margin, above=above)
-        with _writing(out):
+        with writing("OUT", out, "file"):
             part.write_text("".join(to_line(dataset, m) for m in mined if m.negatives), encoding="utf-8")
             part.replace(out)
     finally:
         part.unlink(missing_ok=True)
     counts = summary(mined)
     print(json.dumps({"out": out} | counts) if given.switches["json"] else f"{out}: {sentence(counts)}")
-
-
-@contextlib.contextmanager
-def _writing(out: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"OUT: cannot write to {out}: {e.strerror}; make room or name another file.") from None
 
 
 def _vectors(model: SearchR3, dataset: beir.Dataset, asked: list[str], reasoning: bool):

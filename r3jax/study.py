@@ -13,7 +13,7 @@ import pathlib
 
 from r3jax import assembly, train
 from r3jax.data import beir
-from r3jax.errors import UserError
+from r3jax.errors import UserError, writing
 from r3jax.run import config as run_config
 from r3jax.run import fingerprint
 from r3jax.run.config import run_main
@@ -75,10 +75,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out: {out} must end in .md, for the page is markdown.")
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; name a file.")
-    try:
+    with writing("--out", out, "file"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out: {out} cannot be written: {e.strerror}; name another file.") from None
     workdir = parsed.workdir if "workdir" in parsed.given else WORKDIR
     dataset = beir.load(config.data.path, on_error=config.data.on_error)
     from_runs = {seed: starts[i % len(starts)] for i, seed in enumerate(seeds) if starts}

@@ -17,7 +17,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from r3jax.corpus import manifest
 from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.manifest import refuse_to_mix
 from r3jax.data.documents import Documents
-from r3jax.errors import UserError
+from r3jax.errors import UserError, writing
 from r3jax.processes import Processes
 from r3jax.run import lock
 from r3jax.search.checks import UNIT_TOLERANCE
@@ -100,7 +100,7 @@ def encode_corpus(
     """
     if processes.index == 0:
         check_out(out)
-    with _writing(out):
+    with writing("OUT", out):
         wanted = {"data": documents.fingerprint(), **identity, "dtype": dtype, "shard": shard}
         if (out / MANIFEST).is_file():
             try:
@@ -148,7 +148,7 @@ def encode_corpus(
 
 def check_out(out: pathlib.Path) -> None:
     """UserError where `out` holds something else, or cannot be written: known before a model is read."""
-    with _writing(out):
+    with writing("OUT", out):
         if out.exists() and (not out.is_dir() or not _is_ours(out)):
             raise UserError(f"OUT names {out}, where something else is; name another folder.")
         there = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -214,11 +214,3 @@ def _header(file, count: int, width: int, dtype: str) -> int:
 
 def _mark(out: pathlib.Path, shard: int) -> pathlib.Path:
     return out / PROGRESS / f"{shard:06d}.json"
-
-
-@contextlib.contextmanager
-def _writing(out: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"OUT: cannot write to {out}: {e.strerror or e}; make room or name another folder.") from None

@@ -23,7 +23,7 @@ from r3jax.corpus import documents as stored
 from r3jax.corpus import manifest
 from r3jax.corpus.documents import StoredDocuments
 from r3jax.corpus.encoding import MANIFEST, Encoding
-from r3jax.errors import UserError
+from r3jax.errors import UserError, writing
 from r3jax.run import lock
 from r3jax.run.progress import waiting
 from r3jax.search.index import VersionedIndex
@@ -58,7 +58,7 @@ def is_index(folder: str | pathlib.Path) -> bool:
 def build_index(encoding: Encoding, out: pathlib.Path, kind: str) -> None:
     """Builds an index of `kind`, scann or exact, over an encoding; UserError where something is already."""
     about = {name: encoding.manifest[name] for name in ("source", *VECTORS)} | {"kind": kind, "generation": 0}
-    with _writing(out):
+    with writing("OUT", out):
         if out.exists() and not _is_left_behind(out):
             raise UserError(f"OUT names {out}, where something is already; name another folder or remove that one.")
         with lock.alone(out, "OUT"):
@@ -67,7 +67,7 @@ def build_index(encoding: Encoding, out: pathlib.Path, kind: str) -> None:
 
 def add(folder: pathlib.Path, encoding: Encoding) -> tuple[int, int]:
     """Adds an encoding's documents; one whose id is there replaces the old one. Returns how many came and replaced."""
-    with _writing(folder), _changing(folder) as old:
+    with writing("INDEX", folder), _changing(folder) as old:
         refused = {name: encoding.manifest[name] for name in VECTORS}
         manifest.refuse_to_mix(f"INDEX: {folder}", old.manifest, refused, "encode the documents as those were")
         new = {name: row for row, (name, _) in enumerate(encoding.documents)}
@@ -88,7 +88,7 @@ def add(folder: pathlib.Path, encoding: Encoding) -> tuple[int, int]:
 
 def delete(folder: pathlib.Path, names: Sequence[str]) -> int:
     """Deletes documents by id and returns how many are left; UserError for an unknown id, or where none is left."""
-    with _writing(folder), _changing(folder) as old:
+    with writing("INDEX", folder), _changing(folder) as old:
         unwanted = set(names)
         gone = {name: row for row, (name, _) in enumerate(old.documents) if name in unwanted}
         if unwanted - gone.keys():
@@ -125,14 +125,6 @@ def _changing(folder: pathlib.Path) -> Iterator[SavedIndex]:
         open_index(folder)  # says why not
     with lock.alone(folder, "INDEX"):
         yield open_index(folder)
-
-
-@contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror or e}; make room or name another folder.") from None
 
 
 def _is_left_behind(folder: pathlib.Path) -> bool:

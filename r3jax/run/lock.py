@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from r3jax import processes
-from r3jax.errors import UserError
+from r3jax.errors import UserError, cannot_write
 
 FILE = ".lock"
-FULL = {errno.ENOSPC, errno.EDQUOT}
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # some network file systems
 
 
@@ -43,7 +42,6 @@ def _refused(folder: pathlib.Path, field: str, held: contextlib.ExitStack) -> st
         return f"{field}: {folder} is being changed by another process; wait for its end."
     except OSError as e:
         if e.errno not in NO_LOCKS:
-            room = "make room or " if e.errno in FULL else ""
-            return f"{field}: cannot write to {folder}: {e.strerror or e}; {room}name another folder."
+            return cannot_write(field, folder, e)
         print(f"warning: {folder} knows no locks; see that nothing else writes there meanwhile.", file=sys.stderr)
     return ""

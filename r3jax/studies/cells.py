@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from r3jax.data.beir import Dataset
-from r3jax.errors import UserError
+from r3jax.errors import UserError, writing
 from r3jax.evaluation import metrics
 from r3jax.evaluation.significance import paired_randomisation
 from r3jax.evaluation.trec import read_run
@@ -179,13 +179,11 @@ def claim(
                     f"{start}; name that run or another --workdir."
                 )
         found = before | {"starts": before["starts"] | found["starts"]}
-    try:
+    with writing("--workdir", workdir):
         run_config.save(config, path)
         draft = kept.with_name(KEPT + ".part")
         draft.write_text(json.dumps(found, indent=1) + "\n")
         draft.replace(kept)
-    except OSError as e:
-        raise UserError(f"--workdir: cannot write to {workdir}: {e.strerror}; name another folder.") from None
     return found
 
 

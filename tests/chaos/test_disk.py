@@ -70,7 +70,7 @@ def test_a_disk_that_fills_while_training(disk, tmp_path):
     process = fixtures.run_python("-m", "r3jax.train", *runs.command(tmp_path, run))
     _, errors = process.communicate(timeout=1200)
     assert process.returncode == 2 and errors.count("\n") == 1 and errors.startswith("error: --workdir: "), errors
-    assert "make room, lower config.checkpoint.keep" in errors
+    assert "make room" in errors  # the checkpoints' or, where hardly a byte is left, the config's sentence
     assert lines(run / "ledger.jsonl")[-1]["step"] == max(kept)
     (disk / "ballast").unlink()
     assert f"stage sft: going on from step {max(kept)}" in runs.finish(tmp_path, run)
