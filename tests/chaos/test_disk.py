@@ -12,7 +12,6 @@ import pytest
 
 from tests import fixtures
 from tests.chaos import runs
-from tests.test_train import lines
 
 pytestmark = pytest.mark.slow
 MIB = 2**20
@@ -71,7 +70,6 @@ def test_a_disk_that_fills_while_training(disk, tmp_path):
     _, errors = process.communicate(timeout=1200)
     assert process.returncode == 2 and errors.count("\n") == 1 and errors.startswith("error: --workdir: "), errors
     assert "make room" in errors  # the checkpoints' or, where hardly a byte is left, the config's sentence
-    assert lines(run / "ledger.jsonl")[-1]["step"] == max(kept)
     (disk / "ballast").unlink()
     assert f"stage sft: going on from step {max(kept)}" in runs.finish(tmp_path, run)
     runs.same(tmp_path, run, tmp_path / "whole")
