@@ -1,7 +1,7 @@
 """Where the time goes: python -m bench.where [SIZE ...] [--rounds=N]
 
-Three works on CPU, traced by JAX's profiler: the step of stage 1 of `bench.sft`; a batch of `bench.encode`, documents
-of the median length; 32 tokens of `bench.rollout`'s 64 rows. Each compiled operation's time is booked under the part of
+Four works on CPU, traced by JAX's profiler: the step of stage 1 of `bench.sft`; the update of `bench.rl_step`; a batch
+of `bench.encode`, documents of the median length; 32 tokens of `bench.rollout`'s 64 rows. Each compiled operation's time is booked under the part of
 the source that it was compiled from, and, of the step, under the pass: forward, recomputed (what is not kept for the
 backward pass), backward. A fused operation is booked under the part of its last one. Operations overlap, so their
 seconds add up to more than the clock's. "alone" is the speed that the part's products have by themselves, the same
