@@ -1,12 +1,13 @@
 """Where the time goes: python -m bench.where [SIZE ...] [--rounds=N]
 
-Four works on CPU, traced by JAX's profiler: the step of stage 1 of `bench.sft`; the update of `bench.rl_step`; a batch
-of `bench.encode`, documents of the median length; 32 tokens of `bench.rollout`'s 64 rows. Each compiled operation's time is booked under the part of
-the source that it was compiled from, and, of the step, under the pass: forward, recomputed (what is not kept for the
-backward pass), backward. A fused operation is booked under the part of its last one. Operations overlap, so their
-seconds add up to more than the clock's. "alone" is the speed that the part's products have by themselves, the same
-shapes, backward ones too, without anything around, before and after the work. How long all of them would take so is
-printed beside the clock: an estimate of the limit, not a bound, for the machine's speed wanders.
+Four works on CPU, traced by JAX's profiler: the step of stage 1 of `bench.sft`; the update of `bench.rl_step`; a
+batch of `bench.encode`, documents of the median length; 32 tokens of `bench.rollout`'s 64 rows. Each compiled
+operation's time is booked under the part of the source that it was compiled from, and, of the step, under the pass:
+forward, recomputed (what is not kept for the backward pass), backward. A fused operation is booked under the part of
+its last one. Operations overlap, so their seconds add up to more than the clock's. "alone" is the speed that the
+part's products have by themselves, the same shapes, backward ones too, without anything around, before and after the
+work. How long all of them would take so is printed beside the clock: an estimate of the limit, not a bound, for the
+machine's speed wanders.
 """
 
 import collections
