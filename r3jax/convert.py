@@ -218,6 +218,8 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         yield part
         part.replace(target)
     except OSError as e:
+        if e.filename and part not in (pathlib.Path(e.filename), *pathlib.Path(e.filename).parents):
+            raise  # of a file that is read
         raise UserError(cannot_write("DST", target, e)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

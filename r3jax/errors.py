@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}  # what a disk says that takes no more
 
 
 class UserError(Exception):

@@ -12,7 +12,7 @@ loads nothing, and is sorted and filtered in the browser. For example:
 import pathlib
 
 from r3jax.data import beir
-from r3jax.errors import UserError, writing
+from r3jax.errors import UserError
 from r3jax.results.inspector import open_evaluation, write_inspector
 from r3jax.run import command
 from r3jax.run.config import run_main
@@ -48,8 +48,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--data: {source}, where the data set was, is no folder; name the one where it lies now.")
     dataset = beir.load(source)
     out = pathlib.Path(given.flags["out"] or folder / "inspect.html")
-    with writing("--out", out, "file"):
-        count = write_inspector(found, dataset, splits, left, right, hits, out)
+    count = write_inspector(found, dataset, splits, left, right, hits, out)
     print(f"{out}: {count:,} queries, {left} beside {right}")
 
 

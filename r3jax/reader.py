@@ -5,7 +5,7 @@ Axes: Q queries, N rows, D width.
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -180,6 +180,11 @@ class Reader:
             keep=keep,
             on_rows=told,
         )
+
+    def one_each(self, head: Sequence[int], lengths: Iterable[int]) -> list[list[int]]:
+        """Rows of these lengths that begin with a head of the chat, one for each shape that `encode` compiles."""
+        shapes = {(bucket_of(n), bucket_of(n - len(head))): n for n in lengths}
+        return [[*head, *[self.chat.tokenizer.pad_id] * (n - len(head))] for n in shapes.values()]
 
     def prompt_width(self, longest: int) -> int:
         """The padded length of a batch of prompts: few, for each compiles a decoding loop."""

@@ -66,11 +66,11 @@ def test_eight_devices_give_the_same_vectors_without_a_mesh_set(params, rows, ve
 
 
 @pytest.mark.parametrize("unrolled", [8, 0])
-@pytest.mark.parametrize("devices", [1, 8])
-def test_what_all_rows_begin_with_is_computed_once(monkeypatch, params, rows, devices, unrolled):
+@pytest.mark.parametrize("shape", [None, (1, 4, 2), (2, 2, 2)])
+def test_what_all_rows_begin_with_is_computed_once(monkeypatch, params, rows, shape, unrolled):
     """The longer head is theirs; rows that do not share one, and small batches, are read whole."""
     monkeypatch.setattr(qwen2, "UNROLLED", unrolled)
-    mesh = make_mesh(1, 4, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(*shape) if shape else make_mesh(devices=jax.devices()[:1])
     head = [5, 6, 7]
     whole = [head + row for row in rows]
     widths = []

@@ -121,7 +121,7 @@ def test_the_figures_are_those_of_the_runs(evaluated, tmp_path):
         (None, ["--hits=0"], "--hits must be a whole number"),
         (None, ["--out=/dev/null/page.html"], "--out: cannot write to"),
         ("thoughts", [], "holds no thoughts of an evaluation; write them with r3jax evaluate"),
-        ("trec/seen.qrels", [], "seen.qrels"),
+        ("trec/seen.qrels", [], r"/seen\.qrels cannot be read \(No such file or directory\); evaluate again"),
     ],
 )
 def test_mistakes(evaluated, spoil, argv, said):

@@ -156,6 +156,24 @@ def test_usage_and_cut_texts(client, model):
     assert "X-Cut-Inputs" not in embed(client, "list", "query").headers
 
 
+def test_nothing_is_left_to_compile_once_it_is_warm(served, model):
+    """Whatever the length of a text, or of a thought that did not end in time; alone or with another."""
+    jax.clear_caches()
+    for step in served.warming(LIMITS.hits):
+        step()
+    COMPILED.clear()
+    chat, pad = served.chat, [served.chat.tokenizer.pad_id]
+    rows = [chat.direct(pad * n) for n in range(max(model.reader.max_query, model.max_document) + 1)]
+    longest = model.reader.max_query + model.reader.max_new
+    rows += [chat.direct_after(chat.to_reason([]) + pad * n) for n in range(longest + 1)]
+    for row in rows:
+        served.read(False, [row])
+        served.read(False, [row] * 2)
+    for n in range(model.reader.max_query + 1):
+        served.read(True, [chat.to_reason(pad * n)] * 2)
+    assert COMPILED == []
+
+
 def test_64_clients_at_once(client, model):
     """Of all modes, some with several texts: nobody gets another's vector, nothing is compiled, batches are shared."""
     texts = texts_of(64)

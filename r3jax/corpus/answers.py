@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from r3jax.corpus.documents import StoredDocuments
-from r3jax.model.encoder import bucket_of
 from r3jax.reader import Reader
 
 SHOWN = 160  # characters of a document on a terminal
@@ -80,15 +79,16 @@ class Searcher:
 
         But one whose thought does not end in time may: it is read anew, and how long it is then is not known.
         """
-        reader, chat, extra = self.reader, self.reader.chat, self.reader.chat.direct_extra
-        texts = [[chat.tokenizer.pad_id] * n for n in range(reader.max_query + 1)]
+        reader, chat = self.reader, self.reader.chat
         if reasoning:
+            texts = [[chat.tokenizer.pad_id] * n for n in range(reader.max_query + 1)]
             widths = {reader.prompt_width(chat.reasoning_extra + len(text)): text for text in texts}
             for text in widths.values():
                 reader.think(self.params, [chat.to_reason(text)])
         else:
-            for text in {bucket_of(extra + len(text)): text for text in texts}.values():
-                reader.encode(self.params, [chat.direct(text)])
+            lengths = range(chat.direct_extra, chat.direct_extra + reader.max_query + 1)
+            for row in reader.one_each(chat.direct_head, lengths):
+                reader.encode(self.params, [row])
         self.answer("a", k, reasoning)
 
     def answer(self, query: str, k: int, reasoning: bool) -> Answer:

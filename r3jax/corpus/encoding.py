@@ -100,8 +100,8 @@ def encode_corpus(
     """
     if processes.index == 0:
         check_out(out)
+    wanted = {"data": documents.fingerprint(), **identity, "dtype": dtype, "shard": shard}
     with writing("OUT", out):
-        wanted = {"data": documents.fingerprint(), **identity, "dtype": dtype, "shard": shard}
         if (out / MANIFEST).is_file():
             try:
                 finished = manifest.read(out / MANIFEST)

@@ -67,7 +67,7 @@ def build_index(encoding: Encoding, out: pathlib.Path, kind: str) -> None:
 
 def add(folder: pathlib.Path, encoding: Encoding) -> tuple[int, int]:
     """Adds an encoding's documents; one whose id is there replaces the old one. Returns how many came and replaced."""
-    with writing("INDEX", folder), _changing(folder) as old:
+    with _changing(folder) as old:
         refused = {name: encoding.manifest[name] for name in VECTORS}
         manifest.refuse_to_mix(f"INDEX: {folder}", old.manifest, refused, "encode the documents as those were")
         new = {name: row for row, (name, _) in enumerate(encoding.documents)}
@@ -88,7 +88,7 @@ def add(folder: pathlib.Path, encoding: Encoding) -> tuple[int, int]:
 
 def delete(folder: pathlib.Path, names: Sequence[str]) -> int:
     """Deletes documents by id and returns how many are left; UserError for an unknown id, or where none is left."""
-    with writing("INDEX", folder), _changing(folder) as old:
+    with _changing(folder) as old:
         unwanted = set(names)
         gone = {name: row for row, (name, _) in enumerate(old.documents) if name in unwanted}
         if unwanted - gone.keys():

@@ -1,6 +1,6 @@
 """Attention inside the rows of a batch, by a kernel of choice; all give the same, up to rounding.
 
-- `xla`: holds all scores, [B, K, M, L, L] (on CPU a block's). Runs everywhere, and is quickest for short rows.
+- `xla`: holds all scores, [B, K, M, L, S] (on CPU a block's). Runs everywhere, and is quickest for short rows.
 - `splash`: Pallas's SplashAttention for TPU. Blocks of scores only, and none above the diagonal.
 - `cudnn`: cuDNN's fused attention, for NVIDIA GPUs and bfloat16; scores never reach memory, a bit per score does.
 

@@ -296,8 +296,8 @@ class Decoder(nn.Module):
         """Returns hidden [B, L, D] and the keys and values of all layers, each [layers, B, L, K, H].
 
         A token sees what stands before it in its own segment, and itself; segment 0 (False) is padding. Where a segment
-        has branches it sees those of branch 0 and of its own. With `before`, of `shared_states`, all see that too; no
-        kernel but xla can.
+        has branches it sees those of branch 0 and of its own. With `before`, of `shared_states`, all see that too, and
+        the keys and values returned begin with it; no kernel but xla can.
         """
         c = self.config
         x = Embed(c, name="embed")(tokens)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from r3jax.data.beir import Dataset
-from r3jax.errors import UserError
+from r3jax.errors import UserError, writing
 from r3jax.evaluation.head_to_head import HeadToHead, head_to_head
 from r3jax.evaluation.trec import read_qrels, read_run
 from r3jax.results import queries
@@ -58,14 +58,17 @@ def write_inspector(
 ) -> int:
     """Writes the page about two conditions, `left` with thoughts, and returns how many queries it shows.
 
-    UserError if the data set is not the one that was evaluated, or a file is damaged.
+    UserError if the data set is not the one that was evaluated, a file is damaged, or the page cannot be written.
     """
     cards: list[dict[str, Any]] = []
     tiles, profiles, counts = [], [], [0, 0, 0]
     for split in splits:
-        judged = read_qrels(found.folder / "trec" / f"{split}.qrels")
-        ours, theirs = (read_run(found.folder / "trec" / f"{split}.{name}.run") for name in (left, right))
-        thoughts = _thoughts(found.folder / "thoughts" / f"{split}.{left}.jsonl")
+        try:
+            judged = read_qrels(found.folder / "trec" / f"{split}.qrels")
+            ours, theirs = (read_run(found.folder / "trec" / f"{split}.{name}.run") for name in (left, right))
+            thoughts = _thoughts(found.folder / "thoughts" / f"{split}.{left}.jsonl")
+        except OSError as e:
+            raise UserError(f"{e.filename} cannot be read ({e.strerror}); evaluate again.") from None
         lost = {doc for run in (ours, theirs, judged) for found_docs in run.values() for doc in found_docs}
         lost -= dataset.doc_row.keys()
         known = dataset.qrels.get(split, {})
@@ -92,7 +95,8 @@ def write_inspector(
         ("change", "Change by query", f'<div class="grid profiles">{"".join(profiles)}</div>'),
         ("queries", "Queries", queries.cards(cards, sides, note)),
     ]
-    write_page(out, f"{found.name}: reasoning", header, sections)
+    with writing("--out", out, "file"):
+        write_page(out, f"{found.name}: reasoning", header, sections)
     return len(cards)
 
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from r3jax.errors import UserError
+from r3jax.errors import FULL, UserError
 from r3jax.run.rules import check
 
 DEFAULT_RUNS = pathlib.Path("runs")
@@ -197,8 +197,7 @@ def load_saved(path: pathlib.Path | str) -> ConfigDict:
     return ConfigDict(_tuples(saved)).lock()
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk says that takes no more
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
@@ -220,7 +219,7 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         _let_it_be_the_last_word()
         sys.exit(2)
     except OSError as e:
-        if e.errno not in FULL + DENIED:
+        if e.errno not in FULL | DENIED:
             raise
         where = f" at {e.filename}" if e.filename else ""
         fix = "make room" if e.errno in FULL else "change its permissions or name another"

@@ -47,7 +47,8 @@ def quiet_libraries() -> None:
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     """Of writes that fail together orbax raises the first; the others are nobody's."""
-    return "orbax" not in record.getMessage()
+    said = record.getMessage()
+    return not (said.startswith("Task exception was never retrieved") and "/orbax/" in said)
 
 
 class RunLog:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from r3jax.corpus.answers import Searchable
-from r3jax.model.encoder import bucket_of
 from r3jax.reader import Reader
 from r3jax.serving.batching import Read
 
@@ -99,19 +98,21 @@ class Served:
             for _ in self.read_aloud(row):
                 pass
 
-        first, last = self.chat.direct_extra, self.chat.direct_extra + max(self.one.max_query, self.max_document)
-        shortest, longest = self.chat.reasoning_extra, self.chat.reasoning_extra + self.one.max_query
+        chat, longest = self.chat, max(self.one.max_query, self.max_document)
+        ends = [(chat.direct_head, range(chat.direct_extra, chat.direct_extra + longest + 1))]
+        prompts = range(chat.reasoning_extra, chat.reasoning_extra + self.one.max_query + 1)
         if self.thinks:  # a thought that does not end in time is read with the direct answer after it
-            last = max(last, longest + self.one.max_new + len(self.chat.direct_after([])))
-        filler = [self.chat.tokenizer.pad_id]
+            after = len(chat.direct_after([]))
+            ends.append((chat.reasoning_head, range(prompts.start + after, prompts.stop + self.one.max_new + after)))
         for reader in (self.one, self.many):
-            for n in {bucket_of(n): n for n in range(first, last + 1)}.values():
-                steps.append(partial(reader.encode, self.params, [filler * n]))
+            for head, lengths in ends:
+                steps += [partial(reader.encode, self.params, [row]) for row in reader.one_each(head, lengths)]
             if self.thinks:
-                for n in {reader.prompt_width(n): n for n in range(shortest, longest + 1)}.values():
-                    steps.append(partial(reader.think, self.params, [filler * n]))
+                for n in {reader.prompt_width(n): n for n in prompts}.values():
+                    prompt = [*chat.reasoning_head, *[chat.tokenizer.pad_id] * (n - len(chat.reasoning_head))]
+                    steps.append(partial(reader.think, self.params, [prompt]))
                     if reader is self.one:
-                        steps.append(partial(told, filler * n))
+                        steps.append(partial(told, prompt))
         if self.found_in is not None:
             steps.append(partial(self.hits, np.eye(1, self.width, dtype=np.float32)[0], 1, most))
         return steps

@@ -21,7 +21,6 @@ class Prompts:
     """The fixed texts of both modes.
 
     Attributes:
-      direct_head, reasoning_head: the ids that every direct chat and every reasoning prompt begins with; `heads` both.
       direct_system: system turn where the text is embedded without reasoning.
       direct_assistant: the fixed answer before the embed token in that mode.
       reasoning_system: system turn where the model writes a thought, then the embed token.
@@ -48,6 +47,7 @@ class ChatFormat:
     in a text stay plain text. max_*_tokens count ids of the text alone and must be at least 1.
 
     Attributes:
+      direct_head, reasoning_head: the ids that every direct chat and every reasoning prompt begins with; `heads` both.
       direct_extra: ids around the text in a direct chat (the longest has direct_extra + max_text_tokens).
       reasoning_extra: the same for a reasoning prompt, up to and including "<|im_start|>assistant\\n".
     """
