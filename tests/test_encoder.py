@@ -97,6 +97,22 @@ def test_what_all_rows_begin_with_is_computed_once(monkeypatch, params, rows, sh
     assert max(widths) == 40
 
 
+def test_long_rows_come_in_smaller_batches_on_cpu(monkeypatch, params, mesh):
+    """So fewer of them are padded to the longest; where they are short a batch is as large as asked for."""
+    rows = [[1] * n for n in (*range(1, 41), *[300] * 20)]
+    shapes = []
+
+    def watched(*args, **kwargs):
+        shapes.append(kwargs["tokens"].shape)
+        return embed_jit(*args, **kwargs)
+
+    monkeypatch.setattr(encoder, "embed_jit", watched)
+    vectors = encode_rows(params, CONFIG, mesh, rows, batch_size=32)
+    assert shapes == [(8, 320), (8, 320), (8, 320), (32, 40), (32, 8)]
+    alone = encode_rows(params, CONFIG, mesh, rows[::7], batch_size=1)
+    np.testing.assert_allclose(vectors[::7], alone, atol=1e-5)
+
+
 def test_nothing_to_encode_and_nothing_in_a_row(params, mesh):
     none = encode_rows(params, CONFIG, mesh, [], batch_size=4)
     assert none.shape == (0, CONFIG.width) and none.dtype == np.float32

@@ -3,6 +3,7 @@
 Axes: B batch, L length, D width, N texts.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,7 @@ from r3jax.model.qwen2 import ModelConfig, last_states, shared_states
 from r3jax.model.sharding import batch_parts, own_rows, put_batch, to_host
 
 MANY = 8  # rows of a batch, for each of its parts, from which on what they begin with is computed once
+FITTING = 2048  # tokens of a batch on CPU, for each of its parts: more are no quicker, and of more different lengths
 
 
 def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -75,15 +77,16 @@ def encode_rows(
     Where all rows begin with one of the `heads`, that is computed once, unless batches are so small that another pass
     through the weights costs more than it saves (or the kernel is not xla).
 
-    Rows are grouped by length into a few padded shapes, so each shape compiles once. One batch is prepared
-    while the device works on the last. Rows must not be empty. `on_rows` is called with each batch's number of rows.
+    Rows are grouped by length, the longest first, into a few padded shapes, so each shape compiles once; a batch
+    has at most `batch_size` of them. One batch is prepared while the device works on the last. Rows must not be
+    empty. `on_rows` is called with each batch's number of rows.
     All processes are given the same rows, and encode them together, whatever each of them keeps.
     """
     parts = batch_parts(mesh)
     batch_size = -(-batch_size // parts) * parts
-    order = np.argsort([len(r) for r in rows], kind="stable")
-    if len(order) and not len(rows[order[0]]):
-        raise ValueError(f"rows: row {order[0]} is empty, so it has no last token")
+    order = np.argsort([-len(r) for r in rows], kind="stable")
+    if len(order) and not len(rows[order[-1]]):
+        raise ValueError(f"rows: row {order[-1]} is empty, so it has no last token")
     head = _head(rows, heads) if batch_size >= MANY * parts and config.attention == "xla" else []
     before = None
     if head:
@@ -101,9 +104,14 @@ def encode_rows(
         result[chosen[kept] - first] = to_host(vectors)[: len(chosen)][kept]
         on_rows(len(chosen))
 
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        padded = pad([rows[i] for i in chosen], bucket_of(len(rows[chosen[-1]])), batch_size)
+    fitting = FITTING if mesh.devices.flat[0].platform == "cpu" else math.inf
+    done = 0
+    while done < len(order):
+        width = bucket_of(len(rows[order[done]]))
+        size = int(min(batch_size, parts * max(MANY, fitting // width)))
+        chosen = order[done : done + size]
+        done += size
+        padded = pad([rows[i] for i in chosen], width, size)
         tokens, lengths = put_batch(mesh, own_rows(mesh, padded))
         with jax.set_mesh(mesh):
             vectors = embed_jit(params, tokens=tokens, lengths=lengths, config=config, before=before)
