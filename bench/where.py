@@ -104,15 +104,17 @@ def update(folder: str, size: str, calls: int) -> Work:
 
 
 def encoding(folder: str, size: str, calls: int) -> Work:
-    from r3jax.model.encoder import bucket_of, embed_jit, pad, shared_jit
+    from r3jax.model.encoder import FITTING, bucket_of, embed_jit, pad, shared_jit
     from r3jax.model.sharding import put_batch
 
     it = models.ours(folder)
     head = it.chat.direct_head
     rows = it.chat.documents(encode.documents(encode.DOCUMENTS[size]), 256)
-    rows = [row[len(head) :] for row in sorted(rows, key=len)[len(rows) // 2 :][: encode.BATCH]]
+    half = [row[len(head) :] for row in sorted(rows, key=len)[: len(rows) // 2]]
+    width = bucket_of(len(half[-1]))
+    rows = half[-(FITTING // width) :]
     jax.set_mesh(it.mesh)
-    tokens, lengths, ids = put_batch(it.mesh, (*pad(rows, bucket_of(len(rows[-1]))), np.array([head], np.int32)))
+    tokens, lengths, ids = put_batch(it.mesh, (*pad(rows, width), np.array([head], np.int32)))
     given = {"tokens": tokens, "lengths": lengths, "before": shared_jit(it.params, it.model, ids)}
     call = functools.partial(embed_jit, it.params, **given)
     program = embed_jit.lower(it.params, **given, config=it.model).compile()
