@@ -104,7 +104,7 @@ def update(folder: str, size: str, calls: int) -> Work:
 
 
 def encoding(folder: str, size: str, calls: int) -> Work:
-    from r3jax.model.encoder import FITTING, bucket_of, embed_jit, pad, shared_jit
+    from r3jax.model.encoder import bucket_of, embed_jit, pad, rows_at_once, shared_jit
     from r3jax.model.sharding import put_batch
 
     it = models.ours(folder)
@@ -112,7 +112,7 @@ def encoding(folder: str, size: str, calls: int) -> Work:
     rows = it.chat.documents(encode.documents(encode.DOCUMENTS[size]), 256)
     half = [row[len(head) :] for row in sorted(rows, key=len)[: len(rows) // 2]]
     width = bucket_of(len(half[-1]))
-    rows = half[-(FITTING // width) :]
+    rows = half[-rows_at_once(encode.BATCH, 1, width, "cpu") :]
     jax.set_mesh(it.mesh)
     tokens, lengths, ids = put_batch(it.mesh, (*pad(rows, width), np.array([head], np.int32)))
     given = {"tokens": tokens, "lengths": lengths, "before": shared_jit(it.params, it.model, ids)}

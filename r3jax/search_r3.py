@@ -77,7 +77,7 @@ class SearchR3:
 
     What their arguments mean:
       prompt: system text in place of the model's own for this mode.
-      batch_size: rows read at a time; each call is padded to it, so that few shapes are compiled.
+      batch_size: rows read at a time, on CPU fewer long ones; batches are filled up, so that few shapes are compiled.
       show_progress_bar: on stderr.
       truncate_dim: keep only the first so many dimensions.
       normalize_embeddings: whether vectors that were cut to truncate_dim become unit vectors again; whole ones are.

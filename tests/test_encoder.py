@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from r3jax.model import encoder, qwen2
-from r3jax.model.encoder import bucket_of, embed, embed_jit, encode_rows, normalise, pad
+from r3jax.model.encoder import bucket_of, embed, embed_jit, encode_rows, normalise, pad, rows_at_once
 from r3jax.model.qwen2 import hidden_states
 from r3jax.model.sharding import make_mesh
 from tests.tiny_model import sizes, weights
@@ -111,6 +111,13 @@ def test_long_rows_come_in_smaller_batches_on_cpu(monkeypatch, params, mesh):
     assert shapes == [(8, 320), (8, 320), (8, 320), (32, 40), (32, 8)]
     alone = encode_rows(params, CONFIG, mesh, rows[::7], batch_size=1)
     np.testing.assert_allclose(vectors[::7], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "platform, width, rows", [("cpu", 64, 64), ("cpu", 320, 16), ("gpu", 320, 256), ("tpu", 8, 256)]
+)
+def test_accelerators_take_the_batches_asked_for(platform, width, rows):
+    assert rows_at_once(256, 2, width, platform) == rows
 
 
 def test_nothing_to_encode_and_nothing_in_a_row(params, mesh):

@@ -3,7 +3,6 @@
 Axes: B batch, L length, D width, N texts.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -17,7 +16,7 @@ from r3jax.model.qwen2 import ModelConfig, last_states, shared_states
 from r3jax.model.sharding import batch_parts, own_rows, put_batch, to_host
 
 MANY = 8  # rows of a batch, for each of its parts, from which on what they begin with is computed once
-FITTING = 2048  # tokens of a batch on CPU, for each of its parts: more are no quicker, and of more different lengths
+FITTING = 2048  # tokens of a batch on CPU, for each of its parts: larger ones gain nothing and hold more padding
 
 
 def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -51,6 +50,11 @@ def bucket_of(length: int, step: int = 8) -> int:
     if length > 64:
         step = max(step, 1 << (length.bit_length() - 3))
     return -(-length // step) * step
+
+
+def rows_at_once(batch_size: int, parts: int, width: int, platform: str) -> int:
+    """How many rows of a width, at most `batch_size`: on CPU `FITTING` tokens for each part, or `MANY` rows."""
+    return min(batch_size, parts * max(MANY, FITTING // width)) if platform == "cpu" else batch_size
 
 
 def _head(rows: Sequence[Sequence[int]], heads: Sequence[Sequence[int]]) -> list[int]:
@@ -104,11 +108,10 @@ def encode_rows(
         result[chosen[kept] - first] = to_host(vectors)[: len(chosen)][kept]
         on_rows(len(chosen))
 
-    fitting = FITTING if mesh.devices.flat[0].platform == "cpu" else math.inf
     done = 0
     while done < len(order):
         width = bucket_of(len(rows[order[done]]))
-        size = int(min(batch_size, parts * max(MANY, fitting // width)))
+        size = rows_at_once(batch_size, parts, width, mesh.devices.flat[0].platform)
         chosen = order[done : done + size]
         done += size
         padded = pad([rows[i] for i in chosen], width, size)

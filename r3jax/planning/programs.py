@@ -123,7 +123,7 @@ def policy_update(stage: RL, state: TrainState, mesh: Mesh, rows: int) -> Progra
 def encoding(model: ModelConfig, params, mesh: Mesh, rows: int, longest: int) -> Program:
     """A batch of the corpus, every document `longest` tokens with its chat.
 
-    A little more than what runs where `encode_rows` computes once what all documents begin with.
+    More than what runs where `encode_rows` computes once what all documents begin with, or, on CPU, takes fewer rows.
     """
     rows = -(-rows // batch_parts(mesh)) * batch_parts(mesh)
     tokens, lengths = np.zeros((rows, bucket_of(longest)), np.int32), np.zeros(rows, np.int32)
