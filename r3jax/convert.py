@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from r3jax import export, weights
 from r3jax.data import pairs
-from r3jax.errors import UserError, cannot_write
+from r3jax.errors import UserError, cannot_write, writing
 from r3jax.model import lora, peft
 from r3jax.model.hub import local_folder
 from r3jax.model.hugging_face_config import read_dtype
@@ -213,14 +213,17 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill beside `target`, which takes its name once all is written; nothing stays after a failure."""
     part = target.absolute().with_name(f".{target.absolute().name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
-        part.mkdir(parents=True)
-        yield part
-        part.replace(target)
-    except OSError as e:
-        if e.filename and part not in (pathlib.Path(e.filename), *pathlib.Path(e.filename).parents):
-            raise  # of a file that is read
-        raise UserError(cannot_write("DST", target, e)) from None
+        with writing("DST", target):
+            shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
+            part.mkdir(parents=True)
+        try:
+            yield part
+        except OSError as e:
+            if e.filename and part not in pathlib.Path(e.filename).parents:
+                raise  # of a file that is read
+            raise UserError(cannot_write("DST", target, e)) from None
+        with writing("DST", target):
+            part.replace(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

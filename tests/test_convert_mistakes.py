@@ -1,6 +1,7 @@
 """What a user can get wrong with `r3jax.convert` besides its command line (tests/mistakes)."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -36,6 +37,23 @@ def test_a_failure_half_way_leaves_nothing_and_a_killed_one_is_no_obstacle(share
     target.mkdir()  # an empty folder may be there
     convert.main(["export", str(shared / "run"), str(target)])
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and not (target / "old").exists()
+
+
+def test_what_cannot_be_written_is_told_and_what_cannot_be_read_is_not_told_as_that(tmp_path):
+    with (
+        pytest.raises(UserError, match="DST: cannot write to /proc/none/out: .*; name another folder"),
+        convert.new_folder(pathlib.Path("/proc/none/out")),
+    ):
+        pass
+    with pytest.raises(FileNotFoundError, match="elsewhere"), convert.new_folder(tmp_path / "out"):
+        (tmp_path / "elsewhere").read_text()
+    with (
+        pytest.raises(UserError, match="DST: cannot write to .*out: Is a directory; name another folder"),
+        convert.new_folder(tmp_path / "out") as part,
+    ):
+        (part / "inside").mkdir()
+        (part / "inside").write_text("")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_shows_an_example(capsys):

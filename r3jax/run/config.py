@@ -176,11 +176,17 @@ def to_json(config: ConfigDict) -> str:
 
 
 def save(config: ConfigDict, path: pathlib.Path | str) -> None:
-    """Writes `to_json` whole or not at all, so that a kill leaves no half file; makes the folder."""
+    """Writes `to_json` whole or not at all, so that a kill leaves no half file; makes the folder.
+
+    Where it stands already nothing is written: a run on a full disk is then told what helps, not that this failed.
+    """
     path = pathlib.Path(path)
+    text = to_json(config).encode()
+    if path.is_file() and path.read_bytes() == text:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(to_json(config), encoding="utf-8")
+    part.write_bytes(text)
     os.replace(part, path)
 
 

@@ -109,7 +109,7 @@ class Served:
                 steps += [partial(reader.encode, self.params, [row]) for row in reader.one_each(head, lengths)]
             if self.thinks:
                 for n in {reader.prompt_width(n): n for n in prompts}.values():
-                    prompt = [*chat.reasoning_head, *[chat.tokenizer.pad_id] * (n - len(chat.reasoning_head))]
+                    prompt = chat.to_reason([chat.tokenizer.pad_id] * (n - chat.reasoning_extra))
                     steps.append(partial(reader.think, self.params, [prompt]))
                     if reader is self.one:
                         steps.append(partial(told, prompt))
