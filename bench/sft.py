@@ -5,7 +5,7 @@ recomputes all of a layer but its products; torch is transformers' decoder, its 
 logits where they count, without recomputing, not compiled. Both say their first loss, which must be the same.
 Tokens per second are those of the rows, whoever computes them once or more often. The share of the matmul peak counts
 six operations per weight and token computed, the unembedding's where an answer counts: no padding, no attention scores,
-nothing computed again, and ours has the rows' common beginning once a pack.
+nothing computed again, and ours has the rows' common beginning once a batch.
 """
 
 import time
@@ -92,7 +92,8 @@ class Step:
     def computed(self, batch) -> int:
         """Tokens that the step computes, without padding."""
         packed = self.stage.packed(batch)
-        return sum(int((packed[name].segments > 0).sum()) for name in ("query_packs", "doc_packs"))
+        both = [packed[name] for name in ("query_packs", "doc_packs")]
+        return sum(int((packs.segments > 0).sum() + packs.beginnings.lengths.sum()) for packs in both)
 
     def __call__(self, batch) -> float:
         """The loss."""

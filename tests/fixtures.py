@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from r3jax import assembly, train
 from r3jax.assembly import Parts
 from r3jax.model import params as model_params
+from r3jax.model.packing import begun
 from r3jax.model.sharding import make_mesh
 from r3jax.run import config as run_config
 from tests import xla
@@ -259,5 +260,6 @@ def finished_run() -> tuple[pathlib.Path, str]:
 
 def fake_states(params, config, packs, dropout=None):
     """In place of `packed_states`, [N, T, D]: numbers that are a function of token and position alone."""
-    hidden = jnp.tanh(params["embed"]["table"][packs.tokens] + params["position"][packs.positions])
-    return hidden.reshape(len(hidden), -1, hidden.shape[-1])
+    tokens, positions, _ = begun(packs)
+    hidden = jnp.tanh(params["embed"]["table"][tokens] + params["position"][positions])
+    return hidden.reshape(len(packs.tokens), -1, hidden.shape[-1])

@@ -29,7 +29,8 @@ def value_and_gradients(q, keys, values, segments, kernel):
     real = (segments > 0)[:, :, None, None, None]
 
     def loss(q, keys, values):
-        seen = segments if kernel == "splash" else attention.visible(segments)
+        before = jnp.arange(keys.shape[1] - q.shape[1]) % 3 < 2
+        seen = segments if kernel == "splash" else attention.visible(segments, jnp.tile(before, (len(q), 1)))
         mixed = jnp.where(real, attention.attend(q, keys, values, seen, kernel), 0)
         return jnp.sin(mixed.astype(jnp.float32)).sum(), mixed
 
@@ -37,14 +38,14 @@ def value_and_gradients(q, keys, values, segments, kernel):
 
 
 @pytest.mark.parametrize(("length", "blocks"), [(40, 1), (80, 2), (256, 8)])
-def test_in_blocks_it_is_the_same(length, blocks):
+@pytest.mark.parametrize("before", [0, 24])
+def test_in_blocks_it_is_the_same(length, blocks, before):
     rng = np.random.default_rng(1)
     q = rng.normal(size=(2, length, K, M, H)).astype(np.float32)
-    keys, values = rng.normal(size=(2, 2, length, K, H)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, before + length, K, H)).astype(np.float32)
     segments = np.sort(rng.integers(1, 4, (2, length)), axis=1).astype(np.int32)
     segments[:, length - 5 :] = 0
-    branches = np.where(np.arange(length) % 40 < 20, 0, rng.integers(1, 3, (2, length))).astype(np.int32)
-    seen = attention.visible(segments, branches)
+    seen = attention.visible(segments, jnp.asarray(rng.random((2, before)) < 0.5))
 
     def both(which):
         return lambda *args: (jnp.sin(which(*args, seen)).sum(), which(*args, seen))
@@ -74,20 +75,73 @@ def test_splash_equals_xla(inputs, sharded):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("length", [40, 192])
-def test_cudnn_is_called_with_lengths_it_can_differentiate(inputs, monkeypatch, length):
+@pytest.mark.parametrize(("length", "before"), [(40, 0), (192, 0), (40, 72), (40, 90)])
+def test_cudnn_is_called_with_lengths_it_can_differentiate(inputs, monkeypatch, length, before):
     # Without a GPU: the checks of the installation are answered for it, the program is lowered and not run.
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0")
-    q, kv, kv2 = (jax.ShapeDtypeStruct((B, length, *x.shape[2:]), jnp.bfloat16) for x in inputs[:3])
+    sizes = (length, before + length, before + length)
+    q, kv, kv2 = (
+        jax.ShapeDtypeStruct((B, size, *x.shape[2:]), jnp.bfloat16) for x, size in zip(inputs, sizes, strict=False)
+    )
     segments = jax.ShapeDtypeStruct((B, length), np.int32)
     traced = jax.jit(value_and_gradients, static_argnums=4).trace(q, kv, kv2, segments, "cudnn")
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     full = {40: 128, 192: 256}[length]
+    whole = {0: full, 72: 256, 90: 256}[before]
     for call in ("__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward("):
         line = next(line for line in text.splitlines() if call in line)
-        assert f"(tensor<{B}x{full}x{K * M}x{H}xbf16>, tensor<{B}x{full}x{K}x{H}xbf16>" in line
+        assert f"(tensor<{B}x{full}x{K * M}x{H}xbf16>, tensor<{B}x{whole}x{K}x{H}xbf16>" in line
+
+
+@pytest.mark.parametrize("before", [0, 24, 100])
+def test_what_cudnn_is_given_is_the_same_attention(inputs, monkeypatch, before):
+    """Its padding and its mask, by XLA's attention in its place."""
+    q, keys, values, segments = inputs
+    more = np.random.default_rng(2).normal(size=(2, B, before, K, H)).astype(np.float32)
+    keys, values = (np.concatenate([x, own], axis=1) for x, own in zip(more, (keys, values), strict=True))
+    (_, want), gradients = value_and_gradients(q, keys, values, segments, "xla")
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **b: plain(*a, **b))
+    (_, got), found = value_and_gradients(q, keys, values, segments, "cudnn")
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    for a, b in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "cudnn"])
+def test_packs_see_the_beginning_they_follow(monkeypatch, kernel):
+    """Two groups of two beginnings and three packs each, beside each pack laid behind its own."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **b: plain(*a, **b))
+    rng, (size, length) = np.random.default_rng(3), (5, 8)
+    owner = np.array([[0, 1, 1], [1, 0, 0]])
+    valid = np.arange(size) < np.array([[5, 3], [2, 4]])[..., None]
+    segments = np.sort(rng.integers(1, 3, (2, 3, length)), axis=2)
+    q = rng.normal(size=(2, 2 * size + 3 * length, K, M, H)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, 2 * size + 3 * length, K, H)).astype(np.float32)
+    before = np.take_along_axis(valid, owner[..., None], axis=1)
+    seen = attention.Begun(
+        attention.visible(valid.reshape(4, size)),
+        attention.visible(segments.reshape(6, length), jnp.asarray(before.reshape(6, size))),
+        jnp.asarray(owner),
+    )
+    got = np.asarray(attention.attend(q, keys, values, seen, kernel))
+    for n in range(2):
+        for i, of in enumerate(owner[n]):
+            first, then = of * size, 2 * size + i * length
+            places = [*range(first, first + size), *range(then, then + length)]
+            row_seen = np.zeros((1, size + length, size + length), bool)
+            row_seen[0, :size, :size] = np.tril(np.ones((size, size), bool)) & valid[n, of]
+            row_seen[0, size:, :size] = valid[n, of]
+            alike = segments[n, i][:, None] == segments[n, i]
+            row_seen[0, size:, size:] = np.tril(np.ones((length, length), bool)) & alike
+            row = [x[n : n + 1, places] for x in (q, keys, values)]
+            want = np.asarray(attention._plain(*row, row_seen))[0]
+            many = valid[n, of].sum()
+            np.testing.assert_allclose(got[n, first : first + many], want[:many], atol=2e-6)
+            np.testing.assert_allclose(got[n, then : then + length], want[size:], atol=2e-6)
 
 
 def test_a_kernel_that_does_not_run_here_is_refused():

@@ -1,5 +1,7 @@
 """Packs hold every row whole, once; a row reads the same in a pack as by itself."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from r3jax.losses import grad_cache
 from r3jax.model.encoder import embed
-from r3jax.model.packing import joined, last_vectors, pack, packed_states, pick, share_beginnings
+from r3jax.model.packing import after_prompts, joined, last_vectors, pack, packed_states, pick
 from r3jax.model.qwen2 import hidden_states
 from r3jax.model.sharding import batch_parts, make_mesh, put_batch
 from tests.tiny_model import padded, sizes, weights
@@ -86,48 +88,54 @@ def test_states_are_those_of_the_rows_by_themselves(mesh):
         np.testing.assert_allclose(vectors, embed(params, CONFIG, tokens, lengths), atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_texts_that_share_their_beginning_are_read_as_by_themselves(size):
+@pytest.mark.parametrize("mesh", [None, (4, 1, 1), (2, 2, 2)])
+def test_texts_behind_their_prompt_are_read_as_by_themselves(mesh):
     rng = np.random.default_rng(6)
-    starts = np.array([5, 1, 7], np.int32)
-    lengths = starts[:, None] + rng.integers(1, 6, (3, 4)).astype(np.int32)
-    tokens = rng.integers(1, CONFIG.vocab, (3, 4, 13)).astype(np.int32)
+    starts = np.array([5, 1, 7, 3], np.int32)
+    own = rng.integers(0, 7, (4, 4)).astype(np.int32)
+    prompts, _ = padded(rng, starts, 9, CONFIG.vocab)
+    texts, _ = padded(rng, own.ravel(), 8, CONFIG.vocab)
+    packs, begins = after_prompts(prompts, starts, texts.reshape(4, 4, -1), own, 8)
+    assert packs.tokens.shape[1] < 4 and np.count_nonzero(packs.segments) == own.sum()
+    mesh = mesh and make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        given = put_batch(mesh, packs) if mesh else packs
+        states = np.asarray(jax.jit(lambda p, packs: packed_states(p, CONFIG, packs))(weights(CONFIG), given))
+    lengths = np.repeat(starts, 4) + own.ravel()
+    whole = np.zeros((16, 16), np.int32)
+    for row, (start, end) in enumerate(zip(np.repeat(starts, 4), lengths, strict=True)):
+        whole[row, :start], whole[row, start:end] = prompts[row // 4, :start], texts[row, : end - start]
+    want = np.asarray(hidden_states(weights(CONFIG), CONFIG, whole, lengths)).reshape(4, 4, 16, -1)
     for b, start in enumerate(starts):
-        tokens[b, :, :start] = tokens[b, :1, :start]
-    kinds, goes_on = share_beginnings(tokens, starts, lengths, size)
-    assert sum(int(kind.lengths.sum()) for kind in kinds) == lengths.sum() - (4 - 4 // size) * starts.sum()
-    packs, begins = pack(kinds, length=48, shards=1)
-    begins = np.repeat(np.stack(begins, 1), size, axis=1)
-    params = weights(CONFIG)
-    states = np.asarray(packed_states(params, CONFIG, packs)[0])
-    want = np.asarray(hidden_states(params, CONFIG, tokens.reshape(12, -1), lengths.ravel())).reshape(3, 4, 13, -1)
-    for b, start in enumerate(starts):
-        for g, end in enumerate(lengths[b]):
-            begin = begins[b, g]
-            np.testing.assert_allclose(states[begin : begin + start], want[b, g, :start], atol=1e-5)
-            own = begin + goes_on[b, g]
-            np.testing.assert_allclose(states[own : own + end - start], want[b, g, start:end], atol=1e-5)
+        np.testing.assert_allclose(states[b, :start], want[b, 0, :start], atol=1e-5)
+        for g, n in enumerate(own[b]):
+            first = begins[b, g] + start
+            np.testing.assert_allclose(states[b, first : first + n], want[b, g, start : start + n], atol=1e-5)
 
 
 @pytest.mark.parametrize(("shards", "chunks"), [(1, 1), (2, 3)])
-def test_a_head_that_all_rows_have_is_read_once(shards, chunks):
-    head = [3, 1, 4, 1]
-    kinds = [rows(7, 12, 9), rows(8, 12, 12)]
-    for tokens, lengths in kinds:
-        tokens[:, :4] = head
-        lengths[:] = np.maximum(lengths, 5)
-    params = weights(CONFIG)
-    split = [pack([kind], length=24, shards=shards, chunks=chunks, head=head, few_shapes=False) for kind in kinds]
-    for packs, begins in (pack(kinds, length=24, shards=shards, chunks=chunks, head=head), joined(split)):
-        assert np.count_nonzero(packs.branches) == sum(int((lengths - 4).sum()) for _, lengths in kinds)
+@pytest.mark.parametrize("more", [0, 3])
+def test_a_head_that_all_rows_have_is_read_once(shards, chunks, more):
+    """By one call with one head, or by two with heads of their own, joined."""
+    heads = [[3, 1, 4, 1], [3, 1, 4, 1, 5, 9, 2][: 4 + more]]
+    kinds = [rows(7, 12, 9), rows(8, 12, 15)]
+    for (tokens, lengths), head in zip(kinds, heads, strict=True):
+        tokens[:, : len(head)] = head
+        lengths[:] = np.maximum(lengths, len(head) + 1)
+    params, given = weights(CONFIG), dict(length=20, shards=shards, chunks=chunks)
+    apart = [pack([kind], head=head, few_shapes=False, **given) for kind, head in zip(kinds, heads, strict=True)]
+    ways = [joined(apart)] if more else [joined(apart), pack(kinds, head=heads[0], **given)]
+    groups = np.arange(12).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
+    for packs, begins in ways:
+        ours = sum(int((lengths - len(head)).sum()) for (_, lengths), head in zip(kinds, heads, strict=True))
+        assert np.count_nonzero(packs.segments) == ours
         states = np.asarray(packed_states(params, CONFIG, packs))
-        groups = np.arange(12).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
-        for (tokens, lengths), begin in zip(kinds, begins, strict=True):
+        for (tokens, lengths), head, begin in zip(kinds, heads, begins, strict=True):
             want = np.asarray(hidden_states(params, CONFIG, tokens, lengths))
             for n, members in enumerate(groups):
                 for row in members:
-                    own = states[n, begin[row] + 4 : begin[row] + lengths[row]]
-                    np.testing.assert_allclose(own, want[row, 4 : lengths[row]], atol=1e-5)
+                    own = states[n, begin[row] + len(head) : begin[row] + lengths[row]]
+                    np.testing.assert_allclose(own, want[row, len(head) : lengths[row]], atol=1e-5)
 
 
 def test_what_is_joined_is_rounded_as_a_whole():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from r3jax.data.stream import stream
 from r3jax.losses import grad_cache, in_chunks, token_terms
 from r3jax.model.encoder import bucket_of, pad
-from r3jax.model.packing import joined, pack, pack_length, share_beginnings
+from r3jax.model.packing import after_prompts, joined, pack, pack_length
 from r3jax.rl.algorithms import kl
 from r3jax.run.log import LEDGER, RunLog
 from r3jax.search import refresh
@@ -47,8 +47,11 @@ def group_of(row: int, count: int, shards: int, chunks: int) -> int:
 
 
 def at(packs, group: int, places) -> list[list[int]]:
-    """Tokens, positions, segments and branches at some places of a group's packs, laid end to end."""
-    return [leaf.reshape(len(leaf), -1)[group, places].tolist() for leaf in packs]
+    """Tokens, positions, segments and the beginning before them at some places of a group, from its packs' first."""
+    places = np.asarray(places) - packs.beginnings.tokens[0].size
+    assert (places >= 0).all()
+    found = [leaf.reshape(len(leaf), -1)[group, places].tolist() for leaf in packs[:3]]
+    return [*found, packs.beginnings.owner[group, places // packs.tokens.shape[2]].tolist()]
 
 
 @given(batches(), st.integers(0, 30))
@@ -83,7 +86,7 @@ def test_packing_loses_doubles_and_mixes_nothing(batch, spare):
 
 
 @given(batches(), st.integers(0, 30), st.integers(1, 12), st.booleans())
-def test_rows_that_begin_alike_are_branches_after_one_head(batch, spare, common, apart):
+def test_what_rows_begin_with_stands_once_before_their_packs(batch, spare, common, apart):
     """All by one call with one head, or each kind by its own with a head of its own, joined."""
     lengths, shards, chunks = batch
     ids = iter(range(1, 10**6))
@@ -95,59 +98,65 @@ def test_rows_that_begin_alike_are_branches_after_one_head(batch, spare, common,
         for head, kind in zip(heads, lengths, strict=True)
     ]
     width = max(len(row) for kind in rows for row in kind) + common + 2
-    padded, length = [pad(kind, width) for kind in rows], width + spare
+    length = max(1, max(len(row) - len(head) for head, kind in zip(heads, rows, strict=True) for row in kind)) + spare
+    padded = [pad(kind, width) for kind in rows]
     given = {"length": length, "shards": shards, "chunks": chunks, "agree": lambda most: most}
     if apart:
         calls = zip(padded, heads, strict=True)
         packs, begins = joined([pack([kind], head=head, few_shapes=False, **given) for kind, head in calls])
     else:
         packs, begins = pack(padded, head=heads[0], **given)
-    count = shards * chunks
+    count, first = shards * chunks, packs.beginnings.tokens[0].size
+    for i, head in enumerate(heads if apart else heads[:1]):
+        assert (packs.beginnings.lengths[:, i] == len(head)).all()
+        assert (packs.beginnings.tokens[:, i, : len(head)] == head).all()
     taken = np.zeros((count, packs.tokens[0].size), int)
-    for kind, head, begin in zip(rows, heads, begins, strict=True):
+    for i, (kind, head, begin) in enumerate(zip(rows, heads, begins, strict=True)):
         for row, (tokens, start) in enumerate(zip(kind, begin, strict=True)):
             group, many = group_of(row, len(kind), shards, chunks), len(head)
             own = np.arange(start + many, start + max(len(tokens), many + 1))
-            first = own[0] // length * length  # of the row's pack
-            assert own[-1] < first + length and own[0] >= first + many
-            assert at(packs, group, np.arange(first, first + many)) == [head, list(range(many)), [1] * many, [0] * many]
-            branch = packs.branches.reshape(count, -1)[group, own[0]]
-            assert branch > 0 and (packs.branches[group, first // length] == branch).sum() == len(own)
-            want = tokens[many:] or [0], list(range(many, many + len(own))), [1] * len(own), [branch] * len(own)
-            assert at(packs, group, own) == list(want)
-            taken[group, own] += 1
-    assert (taken == (packs.branches.reshape(count, -1) > 0)).all()
+            pack_of_row = (own[0] - first) // length
+            assert pack_of_row == (own[-1] - first) // length
+            found = at(packs, group, own)
+            assert found[:2] == [tokens[many:] or [0], list(range(many, many + len(own)))]
+            assert found[3] == [i * apart] * len(own)
+            assert found[2][0] > 0 and (packs.segments[group, pack_of_row] == found[2][0]).sum() == len(own)
+            taken[group, own - first] += 1
+    assert (taken == (packs.segments.reshape(count, -1) > 0)).all()
     assert not packs.tokens[packs.segments == 0].any()
 
 
-@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.integers(0, 30))
-def test_texts_that_share_a_beginning_hold_it_once_a_row(data, size, kinds, spare):
-    shards, chunks, each = (data.draw(st.integers(1, 2)) for _ in range(3))
-    count, group, ids = shards * chunks * each, size * kinds, iter(range(1, 10**6))
+@given(st.data(), st.integers(1, 4), st.integers(1, 6), st.integers(0, 30))
+def test_texts_stand_whole_and_alone_behind_their_prompt(data, count, group, spare):
+    ids = iter(range(1, 10**6))
     starts = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
     more = data.draw(st.lists(st.integers(0, 9), min_size=count * group, max_size=count * group))
-    shared = [[next(ids) for _ in range(n)] for n in starts]
-    texts = [shared[i // group] + [next(ids) for _ in range(n)] for i, n in enumerate(more)]
-    tokens, lengths = pad(texts, max(map(len, texts)) + 1)
-    given = tokens.reshape(count, group, -1), np.array(starts), lengths.reshape(count, group)
-    rows, goes_on = share_beginnings(*given, size)
-    longest = max(int(row.lengths.max()) for row in rows)
-    packs, begins = pack(rows, length=longest + spare, shards=shards, chunks=chunks, agree=lambda most: most)
-    assert len(rows) == kinds
-    taken = np.zeros((shards * chunks, packs.tokens[0].size), int)
+    prompts, texts = ([[next(ids) for _ in range(n)] for n in sizes] for sizes in (starts, more))
+    length = max(max(more), 1) + spare
+    padded = pad(texts, length)[0].reshape(count, group, -1)
+    used: list[int] = []
+    packs, begins = after_prompts(
+        pad(prompts, max(starts) + 1)[0],
+        np.array(starts),
+        padded,
+        np.array(more).reshape(count, group),
+        length,
+        agree=lambda most: used.append(most) or most,
+    )
+    assert used[0] <= group and packs.tokens.shape[0] == count and packs.tokens.shape[2] == length
+    taken = np.zeros((count, packs.tokens[0].size), int)
     for i, text in enumerate(texts):
         row, start = i // group, starts[i // group]
-        kind, branch = divmod(i % group, size)
-        begin, mine = begins[kind][row], group_of(row, count, shards, chunks)
-        own = begin + goes_on[row, i % group] + np.arange(len(text) - start)
-        places = np.append(begin + np.arange(start), own)
-        found = at(packs, mine, places)
-        assert found[:2] == [text, list(range(len(text)))]
-        assert found[2] == found[2][:1] * len(text) and found[3] == [0] * start + [branch + 1] * (len(text) - start)
-        pack_of_row = packs.segments[mine, begin // (longest + spare)]
-        assert (pack_of_row == found[2][0]).sum() == rows[kind].lengths[row]
-        taken[mine, places if branch == 0 else own] += 1
-    assert (taken == (packs.segments.reshape(len(taken), -1) > 0)).all()
+        own = begins[row, i % group] + start + np.arange(len(text))
+        assert packs.beginnings.tokens[row, 0, :start].tolist() == prompts[row]
+        found = at(packs, row, own)
+        assert found[:2] == [text, list(range(start, start + len(text)))] and found[3] == [0] * len(text)
+        places = own - packs.beginnings.tokens[0].size
+        if text:
+            numbers = packs.segments[row, places[0] // length]
+            assert places[0] // length == places[-1] // length and (numbers == found[2][0]).sum() == len(text)
+        taken[row, places] += 1
+    assert (taken == (packs.segments.reshape(count, -1) > 0)).all()
 
 
 @given(st.integers(1, 40_000), st.integers(0, 500))

@@ -7,8 +7,11 @@
 The kernels want lengths that are multiples of 128 (cuDNN's gradient has been seen to be NaN at others); shorter rows
 are padded here. In every kernel padding sees padding, so that no row is without a key.
 
-Axes: B batch, L length, S keys, K kv heads, M query heads per kv head, H head dim.
+Axes: B batch, L length, S keys, K kv heads, M query heads per kv head, H head dim; N groups of packs with U beginnings
+of C tokens and P packs each.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from r3jax.errors import UserError
-from r3jax.model.sharding import BATCH, RULES, has_mesh, out, platform
+from r3jax.model.sharding import BATCH, RULES, has_mesh, out, place, platform
 
 KERNELS = ("xla", "splash", "cudnn")  # the first runs everywhere
 _HEADS = RULES["kv_heads"]
@@ -41,15 +44,25 @@ def check(kernel: str, platform: str, compute_dtype: str) -> None:
 
 
 def visible(
-    segments: Int[Array, "B L"] | Bool[Array, "B L"], branches: Int[Array, "B L"] | None = None, shared: int = 0
+    segments: Int[Array, "B L"] | Bool[Array, "B L"], before: Bool[Array, "B C"] | None = None
 ) -> Bool[Array, "B L S"]:
-    """What a token (second axis) sees: itself and what stands before it in its own segment, and there in branch 0 or
-    its own branch; and `shared` keys that stand before the rows (S = shared + L)."""
+    """What a token (second axis) sees: itself and what stands before it in its own segment; and, of keys that stand
+    before the row, those that `before` says (S = C + L)."""
     length = segments.shape[1]
     seen = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, None, :] == segments[:, :, None])
-    if branches is not None:
-        seen &= (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-    return jnp.pad(seen, [(0, 0), (0, 0), (shared, 0)], constant_values=True) if shared else seen
+    if before is None:
+        return seen
+    wide = jnp.broadcast_to(before[:, None], (*seen.shape[:2], before.shape[1]))
+    return jnp.concatenate([place(wide, P(BATCH, None, None)), seen], axis=2)
+
+
+class Begun(NamedTuple):
+    """What the tokens of packs see that follow a beginning, all of a group in one row [N, U C + P L]: its beginnings
+    end to end, then its packs. `visible` of both, and which beginning stands before which pack."""
+
+    beginnings: Bool[Array, "NU C C"]
+    packs: Bool[Array, "NP L C+L"]
+    owner: Int[Array, "N P"]
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -61,13 +74,16 @@ def attend(
     q: Float[Array, "B L K M H"],
     keys: Float[Array, "B S K H"],
     values: Float[Array, "B S K H"],
-    seen: Array,
+    seen: Array | Begun,
     kernel: str = "xla",
 ) -> Float[Array, "B L K M H"]:
-    """Attention of queries that are scaled already; for `xla` keys may stand before those of the queries (S >= L).
+    """Attention of queries that are scaled already; keys may stand before those of the queries (S >= L).
 
-    seen: what `visible` gives, made once for all layers; for `splash`, which knows no branches, the segments [B, L].
+    seen: what `visible` gives, made once for all layers, or `Begun`; for `splash`, which knows neither that nor keys
+      before, the segments [B, L].
     """
+    if isinstance(seen, Begun):
+        return _begun(q, keys, values, seen, kernel)
     if kernel == "xla":
         return (_in_blocks if platform() == "cpu" else _plain)(q, keys, values, seen)
     fused = {"splash": _splash, "cudnn": _cudnn}[kernel]
@@ -77,6 +93,41 @@ def attend(
         seen_spec = P(BATCH, *[None] * (seen.ndim - 1))
         fused = jax.shard_map(fused, in_specs=(many, kv, kv, seen_spec), out_specs=many, check_vma=False)
     return fused(q, keys, values, seen)
+
+
+def _begun(q, keys, values, seen, kernel):
+    """Beginnings by themselves; packs with the keys of theirs before their own."""
+    groups, count = seen.owner.shape
+    texts, length, own = len(seen.beginnings) // groups, seen.beginnings.shape[1], seen.packs.shape[1]
+    ends = texts * length
+    shape = q.shape
+    q, keys, values = (_laid(x, (groups, ends + count * own), x.ndim - 2) for x in (q, keys, values))
+    # A product, not a choice by index, whose gradient would be summed number by number.
+    chosen = (seen.owner[..., None] == jnp.arange(texts)).astype(keys.dtype)
+
+    def first(x):
+        return _laid(x[:, :ends], (groups * texts, length), x.ndim - 2)
+
+    def then(x):
+        return _laid(x[:, ends:], (groups * count, own), x.ndim - 2)
+
+    def after(x):
+        each = _laid(x[:, :ends], (groups, texts, length), 2)
+        spec = P(BATCH, None, None, _HEADS, None)
+        wide = jnp.einsum("npu,nuckh->npckh", chosen, each, out_sharding=out(spec))
+        return jnp.concatenate([_laid(wide, (groups * count, length), 2), then(x)], axis=1)
+
+    mixed = [
+        _laid(attend(first(q), first(keys), first(values), seen.beginnings, kernel), (groups, ends), 3),
+        _laid(attend(then(q), after(keys), after(values), seen.packs, kernel), (groups, count * own), 3),
+    ]
+    return _laid(jnp.concatenate(mixed, axis=1), shape[:2], 3)
+
+
+def _laid(x, lead: tuple[int, ...], heads: int):
+    """With other axes before those of the heads, so many; the first is the batch's."""
+    spec = P(BATCH, *[None] * (len(lead) - 1), _HEADS, *[None] * (heads - 1))
+    return jnp.reshape(x, (*lead, *x.shape[-heads:]), out_sharding=out(spec))
 
 
 def _in_blocks(q, keys, values, seen):
@@ -144,10 +195,12 @@ def _splash(q, keys, values, segments):
 
 def _cudnn(q, keys, values, seen):
     batch, length, kv_heads, group, dim = q.shape
+    before = keys.shape[1] - length
     full = -(-length // _MULTIPLE) * _MULTIPLE
-    q, keys, values = _padded(full, q, keys, values)
-    more = (0, full - length)
-    seen = jnp.pad(seen, [(0, 0), more, more]) | jnp.eye(full, dtype=bool)
+    whole = -(-(before + full) // _MULTIPLE) * _MULTIPLE  # room for a key of its own for each padded query
+    q, (keys, values) = _padded(full, q)[0], _padded(whole, keys, values)
+    seen = jnp.pad(seen, [(0, 0), (0, full - length), (0, whole - before - length)])
+    seen |= jnp.eye(full, whole, before, dtype=bool)
     mixed = jax.nn.dot_product_attention(
         q.reshape(batch, full, kv_heads * group, dim),
         keys,

@@ -1,13 +1,17 @@
 """Packing: several short rows in one long one, so that hardly any padding is computed.
 
 Rows of a batch are put into packs of one length, whole and one after the other; a token sees its own row only. What a
-row would give by itself it gives in a pack, up to rounding. Texts with one beginning can share it (`share_beginnings`):
-such a row branches, and a token sees what all branches share and its own. Packs are made on the host and per group of
+row would give by itself it gives in a pack, up to rounding. What rows begin with in common, an instruction or a prompt,
+is computed once a group: packs follow such a beginning and see it too. Packs are made on the host and per group of
 rows: a group is what one device computes of one chunk (gradient caching), so nothing ever crosses devices.
 
-Axes: B rows of each kind, N groups, M = B / N rows of a group, P packs of a group, L pack length, W window, D width.
+A group's tokens are its beginnings end to end and then its packs end to end: places count from there.
+
+Axes: B rows of each kind, N groups, M = B / N rows of a group, P packs of a group, L pack length, U beginnings of a
+group, C their length, T = U C + P L tokens of a group, W window, D width, G texts of a prompt.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,15 +21,26 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from r3jax.model.attention import Begun, visible
 from r3jax.model.encoder import bucket_of, normalise
 from r3jax.model.qwen2 import Decoder, ModelConfig
-from r3jax.model.sharding import BATCH, out
+from r3jax.model.sharding import BATCH, out, place
 from r3jax.processes import gather
+
+_UNIT = 8  # tokens of a row of the model's, where packs follow beginnings: see `begun`
 
 
 def pack_length(longest: int) -> int:
     """A quarter more than the longest row: longer packs waste less and cost more attention."""
     return bucket_of(longest + longest // 4)
+
+
+class Beginnings(NamedTuple):
+    """What packs follow."""
+
+    tokens: Any  # [N, U, C], right-padded
+    lengths: Any  # [N, U]
+    owner: Any  # [N, P]: which of them stands before each pack
 
 
 class Packs(NamedTuple):
@@ -34,23 +49,11 @@ class Packs(NamedTuple):
     tokens: Any
     positions: Any  # within the token's own text, from 0
     segments: Any  # which row of its pack, from 1; 0 is padding
-    branches: Any = None  # which branch of its row, from 1; 0 is what all of them share. None: no row branches
-
-
-class Branching(NamedTuple):
-    """Rows that branch, right-padded."""
-
-    tokens: np.ndarray  # [B, any width]
-    lengths: np.ndarray  # [B]
-    positions: np.ndarray  # as tokens, of `Packs`
-    branches: np.ndarray
-
-
-Kind = tuple[np.ndarray, np.ndarray] | Branching
+    beginnings: Any = None  # None where packs follow none
 
 
 def pack(
-    kinds: Sequence[Kind],
+    kinds: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     length: int,
     shards: int,
@@ -62,106 +65,114 @@ def pack(
     """Packs right-padded rows (numpy); best fit, the longest first.
 
     Args:
-      kinds: (tokens [B, any width], lengths [B]) of each kind of row, or all of them `Branching`; row i of every kind
-        is in the same group.
-      length: of a pack; no row may be longer. See `pack_length`.
+      kinds: (tokens [B, any width], lengths [B]) of each kind of row; row i of every kind is in the same group.
+      length: of a pack; no row may have more of its own. See `pack_length`.
       shards: into how many parts this process's rows are split over devices.
       chunks: into how many parts each of those is split by gradient caching, which takes every `chunks`-th row.
-      head: ids that every row begins with, put once into each pack; the rows are then branches of one that fills the
-        pack. Rows no longer than the head have no place of their own, and none may be `Branching`.
+      head: ids that every row begins with: each group's beginning, and packs hold what follows. A row that is no longer
+        means nothing, and has one token there.
       agree: from this process's number of packs to the largest over all processes; by default it asks them.
       few_shapes: whether P is rounded up, so that jit sees few shapes; `joined` does it for the whole.
 
     Returns:
-      Packs of shards * chunks groups, and for each kind where its rows
-      begin, [B]: in the packs of the row's group, laid end to end. With a head that place is as far before what a row
-      has of its own as if the head stood there.
+      Packs of shards * chunks groups, and for each kind where its rows begin, [B]: a place of their group. With a head
+      that is as far before what a row has of its own as if the head stood there.
     """
-    count = len(kinds[0][1])
+    count, common, room = len(kinds[0][1]), len(head), bucket_of(len(head))
     if count % (shards * chunks):
         raise ValueError(f"{count} rows cannot be split into {shards} shards of {chunks} chunks.")
-    longest = max(int(lengths.max(initial=1)) for _, lengths, *_ in kinds)
+    own = [np.maximum(lengths - common, 1) for _, lengths in kinds]
+    longest = max(int(sizes.max(initial=1)) for sizes in own)
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into packs of {length}.")
     groups = np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
-    common = len(head)
-    own = [np.maximum(lengths - common, 1) for _, lengths, *_ in kinds]
-    placed = [_best_fit(np.concatenate([sizes[rows] for sizes in own]), length - common) for rows in groups]
+    placed = [_best_fit(np.concatenate([sizes[rows] for sizes in own]), length) for rows in groups]
     most = (agree or _largest)(max(used for _, _, used in placed))
-    most = _rounded(most) if few_shapes else most
-
-    shape = (len(groups), most * length)
-    tokens, positions, segments, branches = (np.zeros(shape, np.int32) for _ in range(4))
+    packs = _empty(len(groups), _rounded(most) if few_shapes else most, length)
     begins = [np.zeros(count, np.int32) for _ in kinds]
     for n, (rows, (starts, numbers, _)) in enumerate(zip(groups, placed, strict=True)):
-        starts = starts // (length - common) * length + starts % (length - common)
-        for kind, ((ids, _, *inside), begin) in enumerate(zip(kinds, begins, strict=True)):
+        for kind, ((ids, _), begin) in enumerate(zip(kinds, begins, strict=True)):
             part = slice(kind * len(rows), (kind + 1) * len(rows))
-            begin[rows] = starts[part]
-            sizes = own[kind][rows]
-            owner = np.repeat(np.arange(len(rows)), sizes)
-            offset = common + np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            target = starts[part][owner] + offset
-            tokens[n, target] = ids[rows[owner], offset]
-            positions[n, target] = inside[0][rows[owner], offset] if inside else offset
-            segments[n, target] = 1 if common else numbers[part][owner]
-            if inside or common:
-                branches[n, target] = inside[1][rows[owner], offset] if inside else numbers[part][owner]
-    leaves = [tokens, positions, segments, *([branches] if common or isinstance(kinds[0], Branching) else [])]
-    packs = Packs(*(x.reshape(len(groups), most, length) for x in leaves))
-    if common:
-        packs.tokens[:, :, :common] = head
-        packs.positions[:, :, :common] = np.arange(common)
-        packs.segments[:, :, :common] = 1
-    return packs, begins
+            begin[rows] = starts[part] + room - common
+            _fill(packs, n, starts[part], numbers[part], ids[rows, common:], own[kind][rows], common)
+    if not common:
+        return packs, begins
+    ids = np.tile(np.pad(np.array(head, np.int32), (0, room - common)), (len(groups), 1, 1))
+    owner = np.zeros(packs.tokens.shape[:2], np.int32)
+    beginnings = Beginnings(ids, np.full(ids.shape[:2], common, np.int32), owner)
+    return packs._replace(beginnings=beginnings), begins
 
 
 def joined(made: Sequence[tuple[Packs, list[np.ndarray]]]) -> tuple[Packs, list[np.ndarray]]:
-    """What several calls of `pack` made, of one length and of the same groups, as though it were made by one.
+    """What several calls of `pack` made, of one length and of the same groups, as though it were made by one: all with
+    a head, or none.
 
     They are asked for without `few_shapes`: the whole is rounded up, by packs of padding.
     """
-    all_packs, begins, before = [], [], 0
-    for packs, starts in made:
-        all_packs.append(packs)
-        begins += [start + before for start in starts]
-        before += packs.tokens.shape[1] * packs.tokens.shape[2]
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *all_packs)
-    count = whole.tokens.shape[1]
-    more = ((0, 0), (0, _rounded(count) - count), (0, 0))
-    return jax.tree.map(lambda leaf: np.pad(leaf, more), whole), begins
+    all_packs, length = [packs for packs, _ in made], made[0][0].tokens.shape[2]
+    counts = [packs.tokens.shape[1] for packs in all_packs]
+    firsts = np.cumsum([0, *counts[:-1]]) * length
+    more = [(0, 0), (0, _rounded(sum(counts)) - sum(counts))]
+
+    def whole(leaves, padding):
+        return np.pad(np.concatenate(leaves, axis=1), padding)
+
+    laid = Packs(*(whole(leaves, [*more, (0, 0)]) for leaves in zip(*(packs[:3] for packs in all_packs), strict=True)))
+    if all_packs[0].beginnings is not None:
+        begun = [packs.beginnings for packs in all_packs]
+        sizes = [x.tokens.shape[2] for x in begun]
+        ids = [np.pad(x.tokens, [(0, 0), (0, 0), (0, max(sizes) - n)]) for x, n in zip(begun, sizes, strict=True)]
+        beginnings = Beginnings(
+            np.concatenate(ids, axis=1),
+            np.concatenate([x.lengths for x in begun], axis=1),
+            whole([np.full_like(x.owner, i) for i, x in enumerate(begun)], more),
+        )
+        laid = laid._replace(beginnings=beginnings)
+        firsts = firsts + len(made) * max(sizes) - np.array(sizes)
+    return laid, [start + first for (_, starts), first in zip(made, firsts, strict=True) for start in starts]
 
 
-def share_beginnings(
-    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, size: int
-) -> tuple[list[Branching], np.ndarray]:
-    """Texts that begin alike as rows that hold the beginning once: a G-th of the work on long prompts.
+def after_prompts(
+    prompts: np.ndarray,
+    starts: np.ndarray,
+    texts: np.ndarray,
+    lengths: np.ndarray,
+    length: int,
+    agree: Callable[[int], int] | None = None,
+) -> tuple[Packs, np.ndarray]:
+    """Texts that follow a prompt, packed behind it: the prompt is computed once. Each prompt is a group (N = B).
 
     Args:
-      tokens, lengths: right-padded texts [B, G, any width] and [B, G].
-      starts: how many tokens the G texts share [B].
-      size: how many texts to a row; it divides G.
+      prompts, starts: right-padded [B, C] and their lengths [B].
+      texts, lengths: what follows each, right-padded [B, G, any width] and [B, G].
+      length, agree: as of `pack`.
 
     Returns:
-      G / size kinds of rows for `pack`, and where each text goes on in its row [B, G]: at the place of token `starts`.
+      Packs, and where each text would begin if its prompt stood right before it [B, G].
     """
-    count, group, _ = tokens.shape
-    own = lengths - starts[:, None]
-    kinds, goes_on = [], np.zeros((count, group), np.int32)
-    for first in range(0, group, size):
-        mine = slice(first, first + size)
-        ends = starts[:, None] + np.cumsum(own[:, mine], axis=1)
-        goes_on[:, mine] = ends - own[:, mine]
-        ids, positions, branches = np.zeros((3, count, ends.max()), np.int32)
-        for b, start in enumerate(starts):
-            ids[b, :start], positions[b, :start] = tokens[b, first, :start], np.arange(start)
-            for branch, text in enumerate(range(first, first + size), 1):
-                place, n = goes_on[b, text], own[b, text]
-                ids[b, place : place + n] = tokens[b, text, start : start + n]
-                positions[b, place : place + n] = start + np.arange(n)
-                branches[b, place : place + n] = branch
-        kinds.append(Branching(ids, ends[:, -1].astype(np.int32), positions, branches))
-    return kinds, goes_on
+    placed = [_best_fit(np.maximum(each, 1), length) for each in lengths]
+    most = (agree or _largest)(max(used for _, _, used in placed))
+    packs = _empty(len(prompts), _rounded(most), length)
+    for n, (places, numbers, _) in enumerate(placed):
+        _fill(packs, n, places, numbers, texts[n], lengths[n], starts[n])
+    owner = np.zeros(packs.tokens.shape[:2], np.int32)
+    beginnings = Beginnings(prompts[:, None].astype(np.int32), starts[:, None].astype(np.int32), owner)
+    begins = np.stack([places for places, _, _ in placed]) + prompts.shape[1] - starts[:, None]
+    return packs._replace(beginnings=beginnings), begins.astype(np.int32)
+
+
+def _empty(groups: int, count: int, length: int) -> Packs:
+    return Packs(*np.zeros((3, groups, count, length), np.int32))
+
+
+def _fill(packs: Packs, group: int, places, numbers, texts, lengths, first: int) -> None:
+    """Lays the texts, each as long as `lengths` says, out at their places; their positions begin with `first`."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    offset = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    target = np.asarray(places)[owner] + offset
+    leaves = (texts[owner, offset], first + offset, np.asarray(numbers)[owner])
+    for leaf, values in zip(packs[:3], leaves, strict=True):
+        leaf[group].reshape(-1)[target] = values
 
 
 def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -195,16 +206,38 @@ def _largest(most: int) -> int:
 
 
 def packed_states(params, config: ModelConfig, packs: Packs, dropout: jax.Array | None = None) -> Float[Array, "N T D"]:
-    """Hidden states of packs, those of a group end to end (T = P L); those of padding mean nothing.
+    """Hidden states of a group's beginnings and packs, end to end; those of padding mean nothing.
 
     `dropout` is a random key: with one, an adapter drops inputs as its config says.
     """
-    count, most, length = packs.tokens.shape
-    spec = P(BATCH, None)
-    flat = jax.tree.map(lambda x: jnp.reshape(x, (count * most, length), out_sharding=out(spec)), packs)
+    count, _, length = packs.tokens.shape
     rngs = None if dropout is None else {"dropout": dropout}
-    hidden = Decoder(config).apply({"params": params}, *flat, rngs=rngs)[0]
-    return jnp.reshape(hidden, (count, most * length, -1), out_sharding=out(P(BATCH, None, None)))
+
+    given = [_rows(x, (-1, length)) for x in packs[:3]] if packs.beginnings is None else begun(packs)
+    hidden = Decoder(config).apply({"params": params}, *given, rngs=rngs)[0]
+    return jnp.reshape(hidden, (count, -1, config.width), out_sharding=out(P(BATCH, None, None)))
+
+
+def begun(packs: Packs) -> tuple[Int[Array, "R 8"], Int[Array, "R 8"], Begun]:
+    """Tokens and positions of all groups, and what sees what. A group's T tokens are cut into short rows: along one
+    axis of thousands XLA sums the gradients of norms on one core of a CPU."""
+    texts, lengths, owner = packs.beginnings
+    groups, _, size = texts.shape
+    places = jnp.broadcast_to(jnp.arange(size), texts.shape)
+    valid = places < lengths[..., None]
+    before = jnp.take_along_axis(valid, owner[..., None], axis=1)
+    segments = _rows(packs.segments, (-1, packs.segments.shape[2]))
+    seen = Begun(visible(_rows(valid, (-1, size))), visible(segments, _rows(before, (-1, size))), owner)
+
+    def laid(first, then):
+        group = jnp.concatenate([_rows(x, (groups, -1)) for x in (first, then)], axis=1)
+        return _rows(group, (-1, math.gcd(group.shape[1], _UNIT)))
+
+    return laid(texts, packs.tokens), laid(place(places, P(BATCH, None, None)), packs.positions), seen
+
+
+def _rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return jnp.reshape(x, shape, out_sharding=out(P(BATCH, None)))
 
 
 def pick(states: Float[Array, "N T D"], places: Int[Array, "B W"]) -> Float[Array, "B W D"]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from r3jax.model.attention import attend, masked_softmax, visible
+from r3jax.model.attention import Begun, attend, masked_softmax, visible
 from r3jax.model.rope import rope
 from r3jax.model.sharding import BATCH, brought, few, out, place, same_sums, used, where
 
@@ -289,19 +289,18 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "B L"],
         positions: Int[Array, "B L"],
-        segments: Int[Array, "B L"] | Bool[Array, "B L"],
-        branches: Int[Array, "B L"] | None = None,
+        segments: Int[Array, "B L"] | Bool[Array, "B L"] | Begun,
         before: Shared | None = None,
     ):
         """Returns hidden [B, L, D] and the keys and values of all layers, each [layers, B, L, K, H].
 
-        A token sees what stands before it in its own segment, and itself; segment 0 (False) is padding. Where a segment
-        has branches it sees those of branch 0 and of its own. With `before`, of `shared_states`, all see that too, and
-        the keys and values returned begin with it; no kernel but xla can.
+        A token sees what stands before it in its own segment, and itself; segment 0 (False) is padding. Rows of packs
+        that follow a beginning have a `Begun` in place of segments. With `before`, of `shared_states`, all see that
+        too, and the keys and values returned begin with it. Kernel splash can neither.
         """
         c = self.config
         x = Embed(c, name="embed")(tokens)
-        seen = segments if c.attention == "splash" else visible(segments, branches, _length(before))
+        seen = segments if isinstance(segments, Begun) or c.attention == "splash" else _seen(segments, before)
         block = Block
         if REMAT[c.remat] is not None:
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
@@ -363,7 +362,7 @@ def last_states(
     if config.layers > UNROLLED:
         hidden, _ = Decoder(config).apply({"params": params}, tokens, positions, valid, before=before)
         return token_at(hidden, lengths - 1)[:, 0]
-    seen = valid if config.attention == "splash" else visible(valid, shared=length)
+    seen = valid if config.attention == "splash" else _seen(valid, before)
     *others, last = unstack(params, config)["layers"]
     shared = [jax.tree.map(lambda x, i=i: x[i], before) for i in range(config.layers)]
     x: Any = Embed(config).apply({"params": params["embed"]}, tokens)
@@ -373,6 +372,11 @@ def last_states(
     x, _ = Block(config).apply({"params": last}, x, positions, seen, shared[-1], at=lengths - 1)
     x = RMSNorm(config).apply({"params": params["final_norm"]}, x)
     return x[:, 0]
+
+
+def _seen(segments, before: Shared | None) -> jax.Array:
+    """`visible`, where all that stands before is seen."""
+    return visible(segments, jnp.ones((len(segments), _length(before)), bool) if before is not None else None)
 
 
 def _length(before: Shared | None) -> int:

@@ -1,7 +1,7 @@
 """The programs of a run, on abstract arrays: the functions that training jits, at the largest shapes that it meets.
 
 Nothing is computed and no weight exists. Rows are as long as the config lets them be, so time is that of a step without
-a short row, and memory an upper bound (nearly: where all queries are short, more completions may share a longer row).
+a short row, and memory an upper bound.
 
 Axes: B queries or prompts, G samples per prompt, T new tokens, W prompt width.
 """

@@ -58,7 +58,7 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
     _, targets, mask = answer_window(tokens, starts, lengths, policy.max_new)
     # The prompt's last token predicts a completion's first, each of the completion's own the next.
     steps = jnp.arange(policy.max_new)[None, :]
-    places = jnp.where(steps == 0, _rows(part["prompt_ends"])[:, None], begins[:, None] + steps - 1)
+    places = jnp.where(steps == 0, _rows(part["prompt_ends"])[:, None], (begins + starts)[:, None] + steps - 1)
     places = place(jnp.where(mask, places, 0), P(BATCH, None))
     states = packed_states(params, model, part["packs"])
     terms = answer_terms(params, model, pick(states, places), targets, mask, temperature=policy.temperature)
@@ -68,7 +68,7 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
         ref = answer_terms(reference, model, frozen, targets, mask, temperature=policy.temperature)
         result["ref_logp"] = grouped(jax.lax.stop_gradient(ref.logp))
     if policy.contrastive_weight:
-        result["vectors"] = grouped(last_vectors(states, begins, lengths - starts))
+        result["vectors"] = grouped(last_vectors(states, begins, lengths))
         per_query = part["doc_lengths"].shape[1]
         docs = packed_states(params, model, part["doc_packs"])
         docs = last_vectors(docs, _rows(part["doc_begins"]), _rows(part["doc_lengths"]))

@@ -21,7 +21,7 @@ import optax
 from r3jax.data.stream import stream
 from r3jax.errors import UserError
 from r3jax.model.encoder import bucket_of, encode_rows, pad
-from r3jax.model.packing import pack, pack_length, share_beginnings
+from r3jax.model.packing import after_prompts, pack, pack_length
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import batch_parts, batch_share, own_rows, put_batch
 from r3jax.processes import here
@@ -32,8 +32,6 @@ from r3jax.stages.sft import Lengths
 from r3jax.stages.state import TrainState
 from r3jax.stages.tokens import fill
 from r3jax.text.prompts import ChatFormat
-
-SHARED_ROW = 512  # tokens at most in a row that several completions of a prompt share
 
 
 class PromptTransform:
@@ -121,7 +119,6 @@ class RL:
         self._samples: list[dict] = []
         self._chunks = chunks
         self._processes = batch_share(mesh)[1]
-        self._shared = _shared(chat.reasoning_extra + lengths.query, policy.max_new, group, model)
         self.update = jax.jit(partial(update, model=model, tx=tx, policy=policy, chunks=chunks), donate_argnums=0)
 
     @property
@@ -177,19 +174,31 @@ class RL:
     def packed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A host batch, with its rollouts and documents in packs too."""
         to_packs = partial(pack, shards=batch_parts(self.mesh) // self._processes, chunks=self._chunks)
-        starts = batch["starts"][:, 0]
-        kinds, goes_on = share_beginnings(batch["tokens"], starts, batch["lengths"], self._shared)
-        longest = batch["tokens"].shape[2] + (self._shared - 1) * batch["mask"].shape[2]
-        packs, rows = to_packs(kinds, length=bucket_of(longest) if self._shared > 1 else pack_length(longest))
-        begins = np.repeat(np.stack(rows, 1), self._shared, axis=1)
+        alone = self.model.attention == "splash"  # which cannot read a beginning once for all
+        tokens, starts, lengths = (batch[name] for name in ("tokens", "starts", "lengths"))
+        if alone:
+            kinds = [(tokens[:, i], lengths[:, i]) for i in range(lengths.shape[1])]
+            packs, rows = to_packs(kinds, length=pack_length(tokens.shape[2]))
+            begins = np.stack(rows, 1)
+            prompt_ends = begins + starts - 1
+        else:
+            own = np.minimum(starts[..., None] + np.arange(batch["mask"].shape[2]), tokens.shape[2] - 1)
+            packs, begins = after_prompts(
+                tokens[:, 0, : tokens.shape[2] - batch["mask"].shape[2]],
+                starts[:, 0],
+                np.take_along_axis(tokens, own, axis=2),
+                lengths - starts,
+                bucket_of(batch["mask"].shape[2]),
+            )
+            prompt_ends = starts - 1
         docs, ends = batch["docs"], batch["doc_lengths"]
         doc_kinds = [(docs[:, i], ends[:, i]) for i in range(docs.shape[1])]
-        head = () if self.model.attention == "splash" else self.chat.direct_head  # splash knows no branches
-        doc_packs, doc_begins = to_packs(doc_kinds, length=pack_length(docs.shape[2]), head=head)
+        head = () if alone else self.chat.direct_head
+        doc_packs, doc_begins = to_packs(doc_kinds, length=pack_length(docs.shape[2] - len(head)), head=head)
         return batch | {
             "packs": packs,
-            "prompt_ends": begins + starts[:, None] - 1,
-            "begins": begins + goes_on,
+            "prompt_ends": prompt_ends,
+            "begins": begins,
             "doc_packs": doc_packs,
             "doc_begins": np.stack(doc_begins, 1),
         }
@@ -240,16 +249,6 @@ class RL:
                 thought = self.chat.tokenizer.decode(done.tokens[i, j, : done.lengths[i, j] - 1])
                 row = {"query": text, "thought": thought, "reward": float(grouped[i, j])}
                 self._samples.append(row | {"tokens": int(done.lengths[i, j] - 1)})
-
-
-def _shared(prompt: int, new: int, group: int, model: ModelConfig) -> int:
-    """How many completions of a prompt (at most so many tokens each) to lay after it in one row.
-
-    The longer the row, the more attention it costs that nothing sees; and splash knows no branches.
-    """
-    if model.attention == "splash":
-        return 1
-    return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or prompt + n * new <= SHARED_ROW))
 
 
 def _sequences(groups: Groups):

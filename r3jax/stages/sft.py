@@ -165,11 +165,12 @@ class SFT:
         )
         direct = chat.direct_extra + max(lengths.query, lengths.document)
         self._chunks = chunks
-        # Instructions that all rows have in common are computed once a pack; splash knows no branches.
+        # Instructions that all rows have in common are computed once; splash cannot.
         shared = model.attention != "splash"
-        self._heads = {"direct": chat.direct_head, "reasoned": chat.reasoning_head} if shared else {}
-        self._doc_pack = pack_length(direct)
-        self._query_pack = pack_length(max(direct, chat.reasoning_extra + lengths.query + lengths.thought + 1))
+        self._heads = {"direct": chat.direct_head if shared else (), "reasoned": chat.reasoning_head if shared else ()}
+        reasoned = chat.reasoning_extra + lengths.query + lengths.thought + 1
+        direct, reasoned = direct - len(self._heads["direct"]), reasoned - len(self._heads["reasoned"])
+        self._doc_pack, self._query_pack = pack_length(direct), pack_length(max(direct, reasoned))
         self.update = jax.jit(
             partial(
                 update,
@@ -202,7 +203,7 @@ class SFT:
                 to_packs(
                     [(batch[name], batch[f"{name}_length"])],
                     length=self._query_pack,
-                    head=self._heads.get(name, ()),
+                    head=self._heads[name],
                     few_shapes=False,
                 )
                 for name in names
@@ -210,7 +211,7 @@ class SFT:
         )
         batch = batch | {f"{name}_begin": begin for name, begin in zip(names, begins, strict=True)}
         kinds = [(batch["docs"][:, i], batch["doc_lengths"][:, i]) for i in range(batch["docs"].shape[1])]
-        docs, begins = to_packs(kinds, length=self._doc_pack, head=self._heads.get("direct", ()))
+        docs, begins = to_packs(kinds, length=self._doc_pack, head=self._heads["direct"])
         return batch | {"doc_begins": np.stack(begins, 1), "query_packs": queries, "doc_packs": docs}
 
     def consumed(self) -> list[int]:
@@ -270,7 +271,7 @@ def encode(
         positions, targets, mask = answer_window(part[name], start, ends, window)
         if counts is not None:
             mask = mask & counts[:, None]
-        places = begin[:, None] + positions
+        places = place(jnp.where(mask, begin[:, None] + positions, 0), P(BATCH, None))
         ref = (reference, pick(ref_states, places)) if weights.kl else None
         terms = answer_terms(params, model, pick(states, places), targets, mask, ref=ref)
         rows["ce"] += jnp.where(mask, -terms.logp, 0.0).sum(1)
