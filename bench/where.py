@@ -24,9 +24,9 @@ import numpy as np
 
 from bench import encode, models, peaks, rl_step, rollout, sft
 from bench.turns import command, table
+from r3jax.stages.tokens import ON_CPU
 
 LINE = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\(.*?metadata=\{[^}]*op_name="([^"]*)"')
-CHUNK = 1024  # tokens whose logits `r3jax.losses.token_terms` computes at a time
 AROUND = {"while", "call", "conditional"}  # their time is that of what lies within
 REST = "logits, losses, drawing tokens, copies"  # what follows the logits is fused with their product
 PARTS = (
@@ -64,7 +64,7 @@ def alone(size: str, rows: int, trained: bool) -> dict[str, float]:
     found = {}
     for part, each in shapes.items():
         seconds = count = 0.0
-        tokens = min(rows, CHUNK) if part == "logits" else rows
+        tokens = min(rows, ON_CPU) if part == "logits" else rows
         for inputs, outputs in each:
             x, w, dy = jnp.ones((tokens, inputs)), jnp.ones((inputs, outputs)), jnp.ones((tokens, outputs))
             backward = [(for_inputs, dy, w), (for_weight, x, dy)] if trained else []

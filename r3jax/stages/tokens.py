@@ -10,7 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from r3jax.losses import TokenTerms, token_terms
 from r3jax.model.qwen2 import ModelConfig, head
-from r3jax.model.sharding import BATCH, out, place
+from r3jax.model.sharding import BATCH, out, place, platform
+
+# Tokens whose logits a device computes at once: of few, few do not count; but each time costs a reduction over devices.
+CHUNK, ON_CPU = 1024, 256
 
 
 def fill(ids: list[int], length: int, value: int = 0) -> np.ndarray:
@@ -63,5 +66,6 @@ def answer_terms(
         ref_hidden=None if ref is None else flat(ref_hidden),
         ref_unembed=None if ref is None else unembed(ref_params),
         used=flat_rows(mask),
+        chunk=ON_CPU if platform() == "cpu" else CHUNK,
     )
     return jax.tree.map(lambda x: jnp.reshape(x, (batch, width), out_sharding=out(P(BATCH, None))), terms)
