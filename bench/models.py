@@ -18,6 +18,7 @@ SIZES = {
     "tiny": (2, 128, 4, 2, 32, 512, 4096),
     "25m": (8, 384, 6, 2, 64, 1536, 20480),
     "0.5b": (24, 896, 14, 2, 64, 4864, 151936),
+    "1.5b": (28, 1536, 12, 2, 128, 8960, 151936),
 }
 DATA = "data/tldr-commands"
 SEED = 0
@@ -99,8 +100,8 @@ class Ours:
     chat: Any
 
 
-def ours(name: str, **changes) -> Ours:
-    """Our model of such a folder on this process's devices; `changes` of its ModelConfig."""
+def ours(name: str, devices=None, **changes) -> Ours:
+    """Our model of such a folder on this process's devices, or on some; `changes` of its ModelConfig."""
     import jax
 
     from r3jax import weights
@@ -108,18 +109,18 @@ def ours(name: str, **changes) -> Ours:
     from r3jax.model.qwen2 import ModelConfig
     from r3jax.model.sharding import make_mesh
 
-    path, mesh, words = pathlib.Path(name), make_mesh(), chat(name)
+    path, mesh, words = pathlib.Path(name), make_mesh(devices=devices), chat(name)
     model = ModelConfig(**(read_config(path) | changes))
     with jax.set_mesh(mesh):
         return Ours(model, weights.load_published(path, model, mesh, words.tokenizer), mesh, words)
 
 
-def theirs(name: str, dtype: str = "float32"):
+def theirs(name: str, dtype: str = "float32", device: str = "cpu"):
     """transformers' model of such a folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return in_memory(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval())
+    return in_memory(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval().to(device))
 
 
 def qwen2_config(shape: Sequence, tied: bool = True):

@@ -23,7 +23,7 @@ def ends(vocab: int, stops: bool, own: set[int]) -> list[int]:
     return models.stop_ids(vocab, MEAN, own) if stops else sorted(own)
 
 
-def ours(folder: str, new: int, stops: bool):
+def ours(folder: str, new: int, stops: bool, prompts: int = PROMPTS, **changes):
     import jax
     import numpy as np
 
@@ -31,9 +31,9 @@ def ours(folder: str, new: int, stops: bool):
     from r3jax.model.sampler import sample
     from r3jax.model.sharding import put_batch
 
-    it = models.ours(folder)
-    rows = models.prompts(folder, PROMPTS)
-    batch = (*pad(rows, bucket_of(max(map(len, rows)))), np.arange(PROMPTS, dtype=np.int32))
+    it = models.ours(folder, **changes)
+    rows = models.prompts(folder, prompts)
+    batch = (*pad(rows, bucket_of(max(map(len, rows)))), np.arange(prompts, dtype=np.int32))
     t = it.chat.tokenizer
     stop_ids = tuple(ends(it.model.vocab, stops, {t.im_end_id, t.pad_id}))
     seeds = iter(range(1000))
@@ -61,17 +61,19 @@ def ours(folder: str, new: int, stops: bool):
     return measure
 
 
-def transformers(folder: str, new: int, stops: bool):
+def transformers(
+    folder: str, new: int, stops: bool, prompts: int = PROMPTS, dtype: str = "float32", device: str = "cpu"
+):
     import numpy as np
     import torch
 
-    model = models.theirs(folder)
-    rows = models.prompts(folder, PROMPTS)
+    model = models.theirs(folder, dtype, device)
+    rows = models.prompts(folder, prompts)
     own = set(model.generation_config.eos_token_id)
     eos = ends(model.config.vocab_size, stops, own)
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
     def measure() -> dict:
         begin = time.perf_counter()
@@ -88,8 +90,9 @@ def transformers(folder: str, new: int, stops: bool):
                 eos_token_id=eos,
                 pad_token_id=model.generation_config.pad_token_id,
             )
+        texts = texts[:, width:].cpu().numpy()
         seconds = time.perf_counter() - begin
-        return {"seconds": seconds, "tokens": written(texts[:, width:].numpy(), np.array(eos))}
+        return {"seconds": seconds, "tokens": written(texts, np.array(eos))}
 
     measure()
     return measure

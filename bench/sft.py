@@ -13,7 +13,7 @@ import time
 from bench import models, peaks
 from bench.turns import command, in_turns, table, times
 
-PAIRS = {"tiny": 64, "25m": 16, "0.5b": 4}
+PAIRS = {"tiny": 64, "25m": 16, "0.5b": 4, "1.5b": 128}
 BATCHES = 2  # different ones, in turns
 TEMPERATURE, MARGIN, TRIPLET, RATE = 0.05, 0.2, 0.1, 1e-5
 LABELS = {"ours": "r3jax", "torch": "transformers + torch"}
@@ -57,15 +57,16 @@ def host_batches(transform, pairs: int) -> list[dict]:
 
 
 class Step:
-    """Our step on batches of so many pairs; each shape's compiled program is kept to be looked at."""
+    """Our step on batches of so many pairs; each shape's compiled program is kept to be looked at. `changes` as of
+    `models.ours`."""
 
-    def __init__(self, folder: str, pairs: int):
+    def __init__(self, folder: str, pairs: int, **changes):
         import jax
 
         from r3jax.stages import sft
         from r3jax.stages.state import new_state, optimiser
 
-        it = models.ours(folder, remat="dots")
+        it = models.ours(folder, remat="dots", **changes)
         jax.set_mesh(it.mesh)
         transform = pairs_of(it)
         tx = optimiser(learning_rate=RATE, warmup=0, steps=1000, weight_decay=0.01, clip_norm=1.0)
@@ -109,8 +110,8 @@ class Step:
         return float(metrics["loss"])
 
 
-def ours(folder: str, pairs: int):
-    step = Step(folder, pairs)
+def ours(folder: str, pairs: int, **changes):
+    step = Step(folder, pairs, **changes)
     losses: list[float] = []
     computed = sum(map(step.computed, step.batches))
     predicted = sum(answers(batch, step.chat) for batch in step.batches)
@@ -127,21 +128,26 @@ def ours(folder: str, pairs: int):
     return measure
 
 
-def torch(folder: str, pairs: int):
+def torch(folder: str, pairs: int, dtype: str = "float32", device: str = "cpu"):
     import torch
+
+    torch.set_default_device(device)
 
     it = models.ours(folder)
     batches = host_batches(pairs_of(it), pairs)
     window = window_of(it.chat)
-    model = models.theirs(folder).train()
+    model = models.theirs(folder, dtype, device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     losses: list[float] = []
 
     def read(rows, lengths):
-        ids, lengths = torch.from_numpy(rows[:, : lengths.max()]).long(), torch.from_numpy(lengths).long()
+        ids, lengths = whole(rows[:, : lengths.max()]), whole(lengths)
         mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
         states = model.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         return ids, lengths, states, unit(states[torch.arange(len(ids)), lengths - 1])
+
+    def whole(x):
+        return torch.from_numpy(x).long().to(device)
 
     def unit(x):
         return torch.nn.functional.normalize(x, dim=-1)
@@ -154,14 +160,14 @@ def torch(folder: str, pairs: int):
         return torch.nn.functional.cross_entropy(model.lm_head(states[where]), targets, reduction="sum"), len(targets)
 
     def step(batch):
-        doc_rows = torch.from_numpy(batch["doc_rows"]).long().flatten()
-        known = (torch.from_numpy(batch["known"]).long()[:, :, None] == doc_rows).any(1)
+        doc_rows = whole(batch["doc_rows"]).flatten()
+        known = (whole(batch["known"])[:, :, None] == doc_rows).any(1)
         own = torch.eye(len(known), dtype=torch.bool)
         docs = read(batch["docs"][:, 0], batch["doc_lengths"][:, 0])[3]
         total, count, infonce, triplet = 0.0, 0, 0.0, 0.0
         for name in ("direct", "reasoned"):
             ids, lengths, states, vectors = read(batch[name], batch[f"{name}_length"])
-            starts = lengths - window if name == "direct" else torch.from_numpy(batch["reasoned_start"]).long()
+            starts = lengths - window if name == "direct" else whole(batch["reasoned_start"])
             ce, number = cross_entropy(ids, lengths, states, starts)
             total, count = total + ce, count + number
             scores = vectors @ docs.T
@@ -175,7 +181,7 @@ def torch(folder: str, pairs: int):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
 
     def measure() -> dict:
         begin = time.perf_counter()

@@ -34,10 +34,10 @@ ENVIRONMENT = (
 class Worker:
     """One program in its own process."""
 
-    def __init__(self, module: str, name: str, options: Mapping):
+    def __init__(self, module: str, name: str, options: Mapping, platforms: str = "cpu"):
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "worker", name, json.dumps(options)],
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | {"JAX_PLATFORMS": platforms},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -107,12 +107,12 @@ def command(
 
 
 def in_turns(
-    module: str, names: Sequence[str], options: Mapping, rounds: int, together: bool = True
+    module: str, names: Sequence[str], options: Mapping, rounds: int, together: bool = True, platforms: str = "cpu"
 ) -> dict[str, dict]:
     """The median of each figure of each program over the rounds, or {"failure": words}.
 
     together: all processes wait side by side; False starts and ends each at every turn, for models of which the machine
-    holds only one.
+    holds only one. platforms: where JAX computes.
     """
     found: dict[str, list[dict]] = {name: [] for name in names}
     workers: dict[str, Worker] = {}
@@ -120,7 +120,7 @@ def in_turns(
         for name in names:
             if any("failure" in x for x in found[name]):
                 continue
-            worker = workers.get(name) or Worker(module, name, options)
+            worker = workers.get(name) or Worker(module, name, options, platforms)
             found[name].append({"failure": worker.failure} if worker.failure else worker.round())
             if together:
                 workers[name] = worker
