@@ -93,8 +93,7 @@ class Step:
     def computed(self, batch) -> int:
         """Tokens that the step computes, without padding."""
         packed = self.stage.packed(batch)
-        both = [packed[name] for name in ("query_packs", "doc_packs")]
-        return sum(int((packs.segments > 0).sum() + packs.beginnings.lengths.sum()) for packs in both)
+        return sum(packed[name].computed() for name in ("query_packs", "doc_packs"))
 
     def __call__(self, batch) -> float:
         """The loss."""

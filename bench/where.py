@@ -91,7 +91,7 @@ def update(folder: str, size: str, calls: int) -> Work:
     stage, state = rl_step.stage_of(folder)
     batch, _ = stage.next_batch(state, 1)
     program = stage.update.lower(state, batch).compile()
-    rows = int((batch["packs"].segments > 0).sum() + batch["packs"].beginnings.lengths.sum())
+    rows = batch["packs"].computed()
     need = models.products(size, rows, logits=int(batch["mask"].sum()))
 
     def run():

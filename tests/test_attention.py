@@ -30,7 +30,7 @@ def value_and_gradients(q, keys, values, segments, kernel):
 
     def loss(q, keys, values):
         before = jnp.arange(keys.shape[1] - q.shape[1]) % 3 < 2
-        seen = segments if kernel == "splash" else attention.visible(segments, jnp.tile(before, (len(q), 1)))
+        seen = segments if kernel == "splash" else attention.visible(segments, jnp.tile(before, (*q.shape[:2], 1)))
         mixed = jnp.where(real, attention.attend(q, keys, values, seen, kernel), 0)
         return jnp.sin(mixed.astype(jnp.float32)).sum(), mixed
 
@@ -45,7 +45,7 @@ def test_in_blocks_it_is_the_same(length, blocks, before):
     keys, values = rng.normal(size=(2, 2, before + length, K, H)).astype(np.float32)
     segments = np.sort(rng.integers(1, 4, (2, length)), axis=1).astype(np.int32)
     segments[:, length - 5 :] = 0
-    seen = attention.visible(segments, jnp.asarray(rng.random((2, before)) < 0.5))
+    seen = attention.visible(segments, jnp.asarray(rng.random((2, length, before)) < 0.5))
 
     def both(which):
         return lambda *args: (jnp.sin(which(*args, seen)).sum(), which(*args, seen))
@@ -112,35 +112,33 @@ def test_what_cudnn_is_given_is_the_same_attention(inputs, monkeypatch, before):
 
 @pytest.mark.parametrize("kernel", ["xla", "cudnn"])
 def test_packs_see_the_beginning_they_follow(monkeypatch, kernel):
-    """Two groups of two beginnings and three packs each, beside each pack laid behind its own."""
+    """Two groups of three packs each, beside each pack laid behind its own beginning."""
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **b: plain(*a, **b))
-    rng, (size, length) = np.random.default_rng(3), (5, 8)
-    owner = np.array([[0, 1, 1], [1, 0, 0]])
-    valid = np.arange(size) < np.array([[5, 3], [2, 4]])[..., None]
+    rng, (size, length) = np.random.default_rng(3), (6, 8)
+    texts = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]])
+    follows = rng.integers(1, 3, (2, 3, length))
     segments = np.sort(rng.integers(1, 3, (2, 3, length)), axis=2)
-    q = rng.normal(size=(2, 2 * size + 3 * length, K, M, H)).astype(np.float32)
-    keys, values = rng.normal(size=(2, 2, 2 * size + 3 * length, K, H)).astype(np.float32)
-    before = np.take_along_axis(valid, owner[..., None], axis=1)
+    q = rng.normal(size=(2, size + 3 * length, K, M, H)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, size + 3 * length, K, H)).astype(np.float32)
+    before = follows[..., None] == texts[:, None, None]
     seen = attention.Begun(
-        attention.visible(valid.reshape(4, size)),
-        attention.visible(segments.reshape(6, length), jnp.asarray(before.reshape(6, size))),
-        jnp.asarray(owner),
+        attention.visible(texts), attention.visible(segments.reshape(6, length), before.reshape(6, length, size))
     )
-    got = np.asarray(attention.attend(q, keys, values, seen, kernel))
+    rows = (x.reshape(-1, 5, *x.shape[2:]) for x in (q, keys, values))  # cut into rows of any length
+    got = np.asarray(attention.attend(*rows, seen, kernel)).reshape(q.shape)
+    causal = np.tril(np.ones((size + length, size + length), bool))
     for n in range(2):
-        for i, of in enumerate(owner[n]):
-            first, then = of * size, 2 * size + i * length
-            places = [*range(first, first + size), *range(then, then + length)]
-            row_seen = np.zeros((1, size + length, size + length), bool)
-            row_seen[0, :size, :size] = np.tril(np.ones((size, size), bool)) & valid[n, of]
-            row_seen[0, size:, :size] = valid[n, of]
-            alike = segments[n, i][:, None] == segments[n, i]
-            row_seen[0, size:, size:] = np.tril(np.ones((length, length), bool)) & alike
+        for i in range(3):
+            then = size + i * length
+            places = [*range(size), *range(then, then + length)]
+            row_seen = causal.copy()[None]
+            row_seen[0, :size, :size] &= texts[n][:, None] == texts[n]
+            row_seen[0, size:, :size] = before[n, i]
+            row_seen[0, size:, size:] &= segments[n, i][:, None] == segments[n, i]
             row = [x[n : n + 1, places] for x in (q, keys, values)]
             want = np.asarray(attention._plain(*row, row_seen))[0]
-            many = valid[n, of].sum()
-            np.testing.assert_allclose(got[n, first : first + many], want[:many], atol=2e-6)
+            np.testing.assert_allclose(got[n, :size], want[:size], atol=2e-6)
             np.testing.assert_allclose(got[n, then : then + length], want[size:], atol=2e-6)
 
 

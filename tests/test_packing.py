@@ -9,7 +9,7 @@ import pytest
 
 from r3jax.losses import grad_cache
 from r3jax.model.encoder import embed
-from r3jax.model.packing import after_prompts, joined, last_vectors, pack, packed_states, pick
+from r3jax.model.packing import last_vectors, pack, pack_after, packed_states, pick, prompts_together
 from r3jax.model.qwen2 import hidden_states
 from r3jax.model.sharding import batch_parts, make_mesh, put_batch
 from tests.tiny_model import padded, sizes, weights
@@ -61,8 +61,10 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_processes_agree_on_the_number_of_packs():
-    packs, _ = pack([rows(0, 4, 4)], length=8, shards=1, agree=lambda most: 35)
+    packs, _ = pack([rows(0, 40, 4)], length=8, shards=1, agree=lambda most: 35)
     assert packs.tokens.shape[1] == 36
+    alone, _ = pack([rows(0, 5, 4)], length=4, shards=1, agree=lambda most: 5)
+    assert alone.tokens.shape[1] == 5  # no more than rows, though 6 would be a rounder number
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 2), (2, 4, 1)])
@@ -88,16 +90,23 @@ def test_states_are_those_of_the_rows_by_themselves(mesh):
         np.testing.assert_allclose(vectors, embed(params, CONFIG, tokens, lengths), atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [None, (4, 1, 1), (2, 2, 2)])
-def test_texts_behind_their_prompt_are_read_as_by_themselves(mesh):
+@pytest.mark.parametrize(("mesh", "together"), [(None, 1), (None, 2), (None, 4), ((4, 1, 1), 1), ((2, 2, 2), 1)])
+def test_texts_behind_their_prompt_are_read_as_by_themselves(mesh, together):
     rng = np.random.default_rng(6)
     starts = np.array([5, 1, 7, 3], np.int32)
     own = rng.integers(0, 7, (4, 4)).astype(np.int32)
     prompts, _ = padded(rng, starts, 9, CONFIG.vocab)
     texts, _ = padded(rng, own.ravel(), 8, CONFIG.vocab)
-    packs, begins = after_prompts(prompts, starts, texts.reshape(4, 4, -1), own, 8)
-    assert packs.tokens.shape[1] < 4 and np.count_nonzero(packs.segments) == own.sum()
     mesh = mesh and make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+    packs, ends, begins = pack_after(
+        (prompts, starts),
+        (texts.reshape(4, 4, -1), own),
+        length=8,
+        shards=batch_parts(mesh) if mesh else 1,
+        chunks=1,
+        together=together,
+    )
+    assert packs.tokens.shape[:2] <= (4 // together, 3 * together) and packs.computed() == own.sum() + starts.sum()
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         given = put_batch(mesh, packs) if mesh else packs
         states = np.asarray(jax.jit(lambda p, packs: packed_states(p, CONFIG, packs))(weights(CONFIG), given))
@@ -107,43 +116,39 @@ def test_texts_behind_their_prompt_are_read_as_by_themselves(mesh):
         whole[row, :start], whole[row, start:end] = prompts[row // 4, :start], texts[row, : end - start]
     want = np.asarray(hidden_states(weights(CONFIG), CONFIG, whole, lengths)).reshape(4, 4, 16, -1)
     for b, start in enumerate(starts):
-        np.testing.assert_allclose(states[b, :start], want[b, 0, :start], atol=1e-5)
+        ours = states[b // together]
+        np.testing.assert_allclose(ours[ends[b] + 1 - start : ends[b] + 1], want[b, 0, :start], atol=1e-5)
         for g, n in enumerate(own[b]):
             first = begins[b, g] + start
-            np.testing.assert_allclose(states[b, first : first + n], want[b, g, start : start + n], atol=1e-5)
+            np.testing.assert_allclose(ours[first : first + n], want[b, g, start : start + n], atol=1e-5)
+
+
+def test_few_prompts_make_a_group():
+    assert [prompts_together(40, rows) for rows in (1, 5, 6, 7, 8, 128)] == [1, 5, 6, 1, 4, 4]
+    assert prompts_together(257, 64) == 1
 
 
 @pytest.mark.parametrize(("shards", "chunks"), [(1, 1), (2, 3)])
 @pytest.mark.parametrize("more", [0, 3])
-def test_a_head_that_all_rows_have_is_read_once(shards, chunks, more):
-    """By one call with one head, or by two with heads of their own, joined."""
+def test_a_head_that_all_rows_of_a_kind_have_is_read_once(shards, chunks, more):
     heads = [[3, 1, 4, 1], [3, 1, 4, 1, 5, 9, 2][: 4 + more]]
     kinds = [rows(7, 12, 9), rows(8, 12, 15)]
     for (tokens, lengths), head in zip(kinds, heads, strict=True):
         tokens[:, : len(head)] = head
         lengths[:] = np.maximum(lengths, len(head) + 1)
-    params, given = weights(CONFIG), dict(length=20, shards=shards, chunks=chunks)
-    apart = [pack([kind], head=head, few_shapes=False, **given) for kind, head in zip(kinds, heads, strict=True)]
-    ways = [joined(apart)] if more else [joined(apart), pack(kinds, head=heads[0], **given)]
+    params = weights(CONFIG)
+    packs, begins = pack(kinds, heads=heads, length=20, shards=shards, chunks=chunks)
+    ours = sum(int((lengths - len(head)).sum()) for (_, lengths), head in zip(kinds, heads, strict=True))
+    assert packs.computed() == ours + shards * chunks * (11 if more else 4)
+    states = np.asarray(packed_states(params, CONFIG, packs))
     groups = np.arange(12).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
-    for packs, begins in ways:
-        ours = sum(int((lengths - len(head)).sum()) for (_, lengths), head in zip(kinds, heads, strict=True))
-        assert np.count_nonzero(packs.segments) == ours
-        states = np.asarray(packed_states(params, CONFIG, packs))
-        for (tokens, lengths), head, begin in zip(kinds, heads, begins, strict=True):
-            want = np.asarray(hidden_states(params, CONFIG, tokens, lengths))
-            for n, members in enumerate(groups):
-                for row in members:
-                    own = states[n, begin[row] + len(head) : begin[row] + lengths[row]]
-                    np.testing.assert_allclose(own, want[row, len(head) : lengths[row]], atol=1e-5)
-
-
-def test_what_is_joined_is_rounded_as_a_whole():
-    full = (np.ones((17, 8), np.int32), np.full(17, 8))
-    alone, _ = pack([full], length=8, shards=1)
-    whole, _ = joined([pack([full], length=8, shards=1, few_shapes=False)] * 2)
-    assert (alone.tokens.shape[1], whole.tokens.shape[1]) == (18, 36)
-    assert (whole.segments[0, :34] == 1).all() and not whole.segments[0, 34:].any()
+    for (tokens, lengths), head, begin in zip(kinds, heads, begins, strict=True):
+        assert begin.dtype == np.int32
+        want = np.asarray(hidden_states(params, CONFIG, tokens, lengths))
+        for n, members in enumerate(groups):
+            for row in members:
+                own = states[n, begin[row] + len(head) : begin[row] + lengths[row]]
+                np.testing.assert_allclose(own, want[row, len(head) : lengths[row]], atol=1e-5)
 
 
 def test_gradient_caching_takes_packs_apart_as_it_does_rows():

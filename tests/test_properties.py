@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from r3jax.data.stream import stream
 from r3jax.losses import grad_cache, in_chunks, token_terms
 from r3jax.model.encoder import bucket_of, pad
-from r3jax.model.packing import after_prompts, joined, pack, pack_length
+from r3jax.model.packing import pack, pack_after, pack_length
 from r3jax.rl.algorithms import kl
 from r3jax.run.log import LEDGER, RunLog
 from r3jax.search import refresh
@@ -47,11 +47,11 @@ def group_of(row: int, count: int, shards: int, chunks: int) -> int:
 
 
 def at(packs, group: int, places) -> list[list[int]]:
-    """Tokens, positions, segments and the beginning before them at some places of a group, from its packs' first."""
-    places = np.asarray(places) - packs.beginnings.tokens[0].size
+    """Tokens, positions, segments at some places of a group, and the text before its packs that they follow."""
+    before = packs.before
+    places = np.asarray(places) - before.tokens.shape[1]
     assert (places >= 0).all()
-    found = [leaf.reshape(len(leaf), -1)[group, places].tolist() for leaf in packs[:3]]
-    return [*found, packs.beginnings.owner[group, places // packs.tokens.shape[2]].tolist()]
+    return [x.reshape(len(x), -1)[group, places].tolist() for x in (*packs[:3], before.follows)]
 
 
 @given(batches(), st.integers(0, 30))
@@ -87,7 +87,7 @@ def test_packing_loses_doubles_and_mixes_nothing(batch, spare):
 
 @given(batches(), st.integers(0, 30), st.integers(1, 12), st.booleans())
 def test_what_rows_begin_with_stands_once_before_their_packs(batch, spare, common, apart):
-    """All by one call with one head, or each kind by its own with a head of its own, joined."""
+    """All kinds with one head, or each with a head of its own."""
     lengths, shards, chunks = batch
     ids = iter(range(1, 10**6))
     heads = [[next(ids) for _ in range(common + kind * apart)] for kind in range(len(lengths))]
@@ -97,19 +97,17 @@ def test_what_rows_begin_with_stands_once_before_their_packs(batch, spare, commo
         [head + [next(ids) for _ in range(n - 1)] if n > 1 else [0] for n in kind]
         for head, kind in zip(heads, lengths, strict=True)
     ]
-    width = max(len(row) for kind in rows for row in kind) + common + 2
-    length = max(1, max(len(row) - len(head) for head, kind in zip(heads, rows, strict=True) for row in kind)) + spare
-    padded = [pad(kind, width) for kind in rows]
-    given = {"length": length, "shards": shards, "chunks": chunks, "agree": lambda most: most}
-    if apart:
-        calls = zip(padded, heads, strict=True)
-        packs, begins = joined([pack([kind], head=head, few_shapes=False, **given) for kind, head in calls])
-    else:
-        packs, begins = pack(padded, head=heads[0], **given)
-    count, first = shards * chunks, packs.beginnings.tokens[0].size
-    for i, head in enumerate(heads if apart else heads[:1]):
-        assert (packs.beginnings.lengths[:, i] == len(head)).all()
-        assert (packs.beginnings.tokens[:, i, : len(head)] == head).all()
+    longest = max(len(row) - len(head) for head, kind in zip(heads, rows, strict=True) for row in kind)
+    length = max(1, longest) + spare
+    padded = [pad(kind, max(map(len, kind))) for kind in rows]
+    packs, begins = pack(padded, length=length, shards=shards, chunks=chunks, heads=heads, agree=lambda most: most)
+    count, first = shards * chunks, packs.before.tokens.shape[1]
+    texts = heads if apart else heads[:1]
+    end = sum(map(len, texts))
+    assert (packs.before.tokens[:, :end] == np.concatenate(texts)).all() and first - end < max(8, end / 4)
+    assert (packs.before.positions[:, :end] == np.concatenate([np.arange(len(text)) for text in texts])).all()
+    numbers = np.repeat(1 + np.arange(len(texts)), [len(text) for text in texts])
+    assert (packs.before.segments[:, :end] == numbers).all() and not packs.before.segments[:, end:].any()
     taken = np.zeros((count, packs.tokens[0].size), int)
     for i, (kind, head, begin) in enumerate(zip(rows, heads, begins, strict=True)):
         for row, (tokens, start) in enumerate(zip(kind, begin, strict=True)):
@@ -119,44 +117,52 @@ def test_what_rows_begin_with_stands_once_before_their_packs(batch, spare, commo
             assert pack_of_row == (own[-1] - first) // length
             found = at(packs, group, own)
             assert found[:2] == [tokens[many:] or [0], list(range(many, many + len(own)))]
-            assert found[3] == [i * apart] * len(own)
+            assert found[3] == [1 + i * apart] * len(own)
             assert found[2][0] > 0 and (packs.segments[group, pack_of_row] == found[2][0]).sum() == len(own)
             taken[group, own - first] += 1
     assert (taken == (packs.segments.reshape(count, -1) > 0)).all()
-    assert not packs.tokens[packs.segments == 0].any()
+    assert not packs.tokens[packs.segments == 0].any() and not packs.before.follows[packs.segments == 0].any()
 
 
-@given(st.data(), st.integers(1, 4), st.integers(1, 6), st.integers(0, 30))
-def test_texts_stand_whole_and_alone_behind_their_prompt(data, count, group, spare):
-    ids = iter(range(1, 10**6))
+@given(st.data(), st.integers(1, 3), st.integers(1, 6), st.integers(0, 30))
+def test_texts_stand_whole_and_alone_behind_their_prompt(data, together, group, spare):
+    shards, chunks, each = (data.draw(st.integers(1, 2)) for _ in range(3))
+    count, ids = shards * chunks * each * together, iter(range(1, 10**6))
     starts = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
     more = data.draw(st.lists(st.integers(0, 9), min_size=count * group, max_size=count * group))
     prompts, texts = ([[next(ids) for _ in range(n)] for n in sizes] for sizes in (starts, more))
     length = max(max(more), 1) + spare
-    padded = pad(texts, length)[0].reshape(count, group, -1)
-    used: list[int] = []
-    packs, begins = after_prompts(
-        pad(prompts, max(starts) + 1)[0],
-        np.array(starts),
-        padded,
-        np.array(more).reshape(count, group),
-        length,
-        agree=lambda most: used.append(most) or most,
+    packs, ends, begins = pack_after(
+        pad(prompts, max(starts) + 1),
+        (pad(texts, length)[0].reshape(count, group, -1), np.array(more).reshape(count, group)),
+        length=length,
+        shards=shards,
+        chunks=chunks,
+        together=together,
+        agree=lambda most: most,
     )
-    assert used[0] <= group and packs.tokens.shape[0] == count and packs.tokens.shape[2] == length
-    taken = np.zeros((count, packs.tokens[0].size), int)
+    before = packs.before
+    assert packs.tokens.shape[0] == count // together and packs.tokens.shape[1] <= together * group
+    taken = np.zeros((len(packs.tokens), packs.tokens[0].size), int)
     for i, text in enumerate(texts):
         row, start = i // group, starts[i // group]
+        # Of a chunk's groups the first takes its first prompts, in order.
+        shard, within = divmod(row, count // shards)
+        mine = shard * chunks * each + within // chunks // together * chunks + within % chunks
+        prompt = np.arange(ends[row] + 1 - start, ends[row] + 1)
+        assert before.tokens[mine, prompt].tolist() == prompts[row]
+        assert before.positions[mine, prompt].tolist() == list(range(start))
+        number = set(before.segments[mine, prompt].tolist())
+        assert (before.segments[mine] == min(number)).sum() == start and len(number) == 1 and 0 not in number
         own = begins[row, i % group] + start + np.arange(len(text))
-        assert packs.beginnings.tokens[row, 0, :start].tolist() == prompts[row]
-        found = at(packs, row, own)
-        assert found[:2] == [text, list(range(start, start + len(text)))] and found[3] == [0] * len(text)
-        places = own - packs.beginnings.tokens[0].size
+        found = at(packs, mine, own)
+        assert found[:2] == [text, list(range(start, start + len(text)))] and found[3] == [min(number)] * len(text)
+        places = own - before.tokens.shape[1]
         if text:
-            numbers = packs.segments[row, places[0] // length]
-            assert places[0] // length == places[-1] // length and (numbers == found[2][0]).sum() == len(text)
-        taken[row, places] += 1
-    assert (taken == (packs.segments.reshape(count, -1) > 0)).all()
+            others = packs.segments[mine, places[0] // length]
+            assert places[0] // length == places[-1] // length and (others == found[2][0]).sum() == len(text)
+        taken[mine, places] += 1
+    assert (taken == (packs.segments.reshape(len(taken), -1) > 0)).all()
 
 
 @given(st.integers(1, 40_000), st.integers(0, 500))

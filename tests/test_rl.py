@@ -229,9 +229,9 @@ def test_rewards_are_those_of_the_rows_encoded_anew(parts, weights, batch):
     assert batch["rewards"].std() > 0.01
 
 
-def test_completions_in_one_row_teach_what_they_teach_in_rows_of_their_own(parts, weights, plain, monkeypatch):
+def test_completions_behind_their_prompt_teach_what_they_teach_in_rows_of_their_own(parts, weights, plain, monkeypatch):
     batch, _, want = plain[0][0]
-    assert batch["packs"].beginnings.tokens.shape[0] == len(batch["rewards"])
+    assert (batch["packs"].before.segments > 0).sum() == batch["starts"][:, 0].sum()
 
     class Alone(rl.RL):
         def packed(self, batch):
@@ -244,9 +244,8 @@ def test_completions_in_one_row_teach_what_they_teach_in_rows_of_their_own(parts
 
     monkeypatch.setattr(rl, "RL", Alone)
     [(apart, _, got)], _ = play(parts, weights, 1)
-    assert apart["packs"].beginnings is None and apart["doc_packs"].beginnings is None
-    ours = np.count_nonzero(batch["packs"].segments) + batch["starts"][:, 0].sum()
-    assert np.count_nonzero(apart["packs"].segments) > 1.3 * ours
+    assert apart["packs"].before is None and apart["doc_packs"].before is None
+    assert apart["packs"].computed() > 1.3 * batch["packs"].computed()
     assert got.keys() == want.keys()
     for name in want:
         assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name

@@ -7,8 +7,8 @@
 The kernels want lengths that are multiples of 128 (cuDNN's gradient has been seen to be NaN at others); shorter rows
 are padded here. In every kernel padding sees padding, so that no row is without a key.
 
-Axes: B batch, L length, S keys, K kv heads, M query heads per kv head, H head dim; N groups of packs with U beginnings
-of C tokens and P packs each.
+Axes: B batch, L length, S keys, K kv heads, M query heads per kv head, H head dim; N groups of C tokens and, behind
+them, P packs each.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from r3jax.errors import UserError
-from r3jax.model.sharding import BATCH, RULES, has_mesh, out, place, platform
+from r3jax.model.sharding import BATCH, RULES, has_mesh, out, platform
 
 KERNELS = ("xla", "splash", "cudnn")  # the first runs everywhere
 _HEADS = RULES["kv_heads"]
@@ -44,25 +44,21 @@ def check(kernel: str, platform: str, compute_dtype: str) -> None:
 
 
 def visible(
-    segments: Int[Array, "B L"] | Bool[Array, "B L"], before: Bool[Array, "B C"] | None = None
+    segments: Int[Array, "B L"] | Bool[Array, "B L"], before: Bool[Array, "B L C"] | None = None
 ) -> Bool[Array, "B L S"]:
     """What a token (second axis) sees: itself and what stands before it in its own segment; and, of keys that stand
     before the row, those that `before` says (S = C + L)."""
     length = segments.shape[1]
     seen = jnp.tril(jnp.ones((length, length), bool)) & (segments[:, None, :] == segments[:, :, None])
-    if before is None:
-        return seen
-    wide = jnp.broadcast_to(before[:, None], (*seen.shape[:2], before.shape[1]))
-    return jnp.concatenate([place(wide, P(BATCH, None, None)), seen], axis=2)
+    return seen if before is None else jnp.concatenate([before, seen], axis=2)
 
 
 class Begun(NamedTuple):
-    """What the tokens of packs see that follow a beginning, all of a group in one row [N, U C + P L]: its beginnings
-    end to end, then its packs. `visible` of both, and which beginning stands before which pack."""
+    """What sees what where a group's tokens lie in one: what its packs follow, then the packs end to end (N groups of
+    C + P L tokens, cut into rows of any length). `visible` of both."""
 
-    beginnings: Bool[Array, "NU C C"]
+    beginning: Bool[Array, "N C C"]
     packs: Bool[Array, "NP L C+L"]
-    owner: Int[Array, "N P"]
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -96,32 +92,18 @@ def attend(
 
 
 def _begun(q, keys, values, seen, kernel):
-    """Beginnings by themselves; packs with the keys of theirs before their own."""
-    groups, count = seen.owner.shape
-    texts, length, own = len(seen.beginnings) // groups, seen.beginnings.shape[1], seen.packs.shape[1]
-    ends = texts * length
-    shape = q.shape
-    q, keys, values = (_laid(x, (groups, ends + count * own), x.ndim - 2) for x in (q, keys, values))
-    # A product, not a choice by index, whose gradient would be summed number by number.
-    chosen = (seen.owner[..., None] == jnp.arange(texts)).astype(keys.dtype)
-
-    def first(x):
-        return _laid(x[:, :ends], (groups * texts, length), x.ndim - 2)
-
-    def then(x):
-        return _laid(x[:, ends:], (groups * count, own), x.ndim - 2)
+    """What stands before a group's packs by itself; the packs with its keys before their own."""
+    (groups, ends, _), (count, own, _) = seen.beginning.shape, seen.packs.shape
+    total, shape = ends + count // groups * own, q.shape
+    q, keys, values = (_laid(x, (groups, total), x.ndim - 2) for x in (q, keys, values))
 
     def after(x):
-        each = _laid(x[:, :ends], (groups, texts, length), 2)
-        spec = P(BATCH, None, None, _HEADS, None)
-        wide = jnp.einsum("npu,nuckh->npckh", chosen, each, out_sharding=out(spec))
-        return jnp.concatenate([_laid(wide, (groups * count, length), 2), then(x)], axis=1)
+        wide = jnp.broadcast_to(x[:, None, :ends], (groups, count // groups, ends, *x.shape[2:]))
+        return jnp.concatenate([_laid(wide, (count, ends), 2), _laid(x[:, ends:], (count, own), 2)], axis=1)
 
-    mixed = [
-        _laid(attend(first(q), first(keys), first(values), seen.beginnings, kernel), (groups, ends), 3),
-        _laid(attend(then(q), after(keys), after(values), seen.packs, kernel), (groups, count * own), 3),
-    ]
-    return _laid(jnp.concatenate(mixed, axis=1), shape[:2], 3)
+    first = attend(q[:, :ends], keys[:, :ends], values[:, :ends], seen.beginning, kernel)
+    then = attend(_laid(q[:, ends:], (count, own), 3), after(keys), after(values), seen.packs, kernel)
+    return _laid(jnp.concatenate([first, _laid(then, (groups, total - ends), 3)], axis=1), shape[:2], 3)
 
 
 def _laid(x, lead: tuple[int, ...], heads: int):

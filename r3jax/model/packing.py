@@ -2,13 +2,13 @@
 
 Rows of a batch are put into packs of one length, whole and one after the other; a token sees its own row only. What a
 row would give by itself it gives in a pack, up to rounding. What rows begin with in common, an instruction or a prompt,
-is computed once a group: packs follow such a beginning and see it too. Packs are made on the host and per group of
-rows: a group is what one device computes of one chunk (gradient caching), so nothing ever crosses devices.
+is computed once: it stands before the packs of its group, and they see it too. Packs are made on the host and per group
+of rows, which one device computes in one chunk (gradient caching), so nothing ever crosses devices.
 
-A group's tokens are its beginnings end to end and then its packs end to end: places count from there.
+A group's tokens are what stands before its packs, and then the packs end to end: places count from there.
 
-Axes: B rows of each kind, N groups, M = B / N rows of a group, P packs of a group, L pack length, U beginnings of a
-group, C their length, T = U C + P L tokens of a group, W window, D width, G texts of a prompt.
+Axes: B rows of each kind, N groups, M = B / N rows of a group, P packs of a group, L pack length, C tokens before them,
+T = C + P L tokens of a group, W window, D width, G texts of a prompt.
 """
 
 import math
@@ -24,10 +24,11 @@ from jaxtyping import Array, Float, Int
 from r3jax.model.attention import Begun, visible
 from r3jax.model.encoder import bucket_of, normalise
 from r3jax.model.qwen2 import Decoder, ModelConfig
-from r3jax.model.sharding import BATCH, out, place
+from r3jax.model.sharding import BATCH, out
 from r3jax.processes import gather
 
-_UNIT = 8  # tokens of a row of the model's, where packs follow beginnings: see `begun`
+TOGETHER = 256  # tokens of prompts, as long as they may be, of one group: all its packs have so many keys more
+_UNIT = 8  # tokens of a row of the model's, where packs follow a beginning: see `begun`
 
 
 def pack_length(longest: int) -> int:
@@ -35,12 +36,13 @@ def pack_length(longest: int) -> int:
     return bucket_of(longest + longest // 4)
 
 
-class Beginnings(NamedTuple):
-    """What packs follow."""
+class Beginning(NamedTuple):
+    """What stands before the packs of each group: one text or several, end to end."""
 
-    tokens: Any  # [N, U, C], right-padded
-    lengths: Any  # [N, U]
-    owner: Any  # [N, P]: which of them stands before each pack
+    tokens: Any  # [N, C]
+    positions: Any  # within the token's own text, from 0
+    segments: Any  # which text, from 1; 0 is padding
+    follows: Any  # [N, P, L]: which of the texts a token of the packs goes on from
 
 
 class Packs(NamedTuple):
@@ -49,7 +51,11 @@ class Packs(NamedTuple):
     tokens: Any
     positions: Any  # within the token's own text, from 0
     segments: Any  # which row of its pack, from 1; 0 is padding
-    beginnings: Any = None  # None where packs follow none
+    before: Beginning | None = None
+
+    def computed(self) -> int:
+        """Tokens that are computed, without padding."""
+        return sum(int((x.segments > 0).sum()) for x in (self, self.before) if x is not None)
 
 
 def pack(
@@ -58,9 +64,8 @@ def pack(
     length: int,
     shards: int,
     chunks: int = 1,
-    head: Sequence[int] = (),
+    heads: Sequence[Sequence[int]] = (),
     agree: Callable[[int], int] | None = None,
-    few_shapes: bool = True,
 ) -> tuple[Packs, list[np.ndarray]]:
     """Packs right-padded rows (numpy); best fit, the longest first.
 
@@ -69,110 +74,124 @@ def pack(
       length: of a pack; no row may have more of its own. See `pack_length`.
       shards: into how many parts this process's rows are split over devices.
       chunks: into how many parts each of those is split by gradient caching, which takes every `chunks`-th row.
-      head: ids that every row begins with: each group's beginning, and packs hold what follows. A row that is no longer
-        means nothing, and has one token there.
+      heads: ids that every row of a kind begins with, of each kind: they stand before the packs, which hold what
+        follows. A row that is no longer than its head means nothing, and has one token there.
       agree: from this process's number of packs to the largest over all processes; by default it asks them.
-      few_shapes: whether P is rounded up, so that jit sees few shapes; `joined` does it for the whole.
 
     Returns:
       Packs of shards * chunks groups, and for each kind where its rows begin, [B]: a place of their group. With a head
       that is as far before what a row has of its own as if the head stood there.
     """
-    count, common, room = len(kinds[0][1]), len(head), bucket_of(len(head))
+    count = len(kinds[0][1])
     if count % (shards * chunks):
         raise ValueError(f"{count} rows cannot be split into {shards} shards of {chunks} chunks.")
-    own = [np.maximum(lengths - common, 1) for _, lengths in kinds]
+    heads = [tuple(head) for head in heads] or [()] * len(kinds)
+    texts = [head for head in dict.fromkeys(heads) if head]
+    own = [np.maximum(lengths - len(head), 1) for (_, lengths), head in zip(kinds, heads, strict=True)]
     longest = max(int(sizes.max(initial=1)) for sizes in own)
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into packs of {length}.")
+    ids = [_cut(tokens, len(head), length) for (tokens, _), head in zip(kinds, heads, strict=True)]
+    firsts = np.array([len(head) for head in heads])
+    follows = np.array([1 + texts.index(head) if head else 0 for head in heads])
     groups = np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
-    placed = [_best_fit(np.concatenate([sizes[rows] for sizes in own]), length) for rows in groups]
-    most = (agree or _largest)(max(used for _, _, used in placed))
-    packs = _empty(len(groups), _rounded(most) if few_shapes else most, length)
-    begins = [np.zeros(count, np.int32) for _ in kinds]
-    for n, (rows, (starts, numbers, _)) in enumerate(zip(groups, placed, strict=True)):
-        for kind, ((ids, _), begin) in enumerate(zip(kinds, begins, strict=True)):
-            part = slice(kind * len(rows), (kind + 1) * len(rows))
-            begin[rows] = starts[part] + room - common
-            _fill(packs, n, starts[part], numbers[part], ids[rows, common:], own[kind][rows], common)
-    if not common:
-        return packs, begins
-    ids = np.tile(np.pad(np.array(head, np.int32), (0, room - common)), (len(groups), 1, 1))
-    owner = np.zeros(packs.tokens.shape[:2], np.int32)
-    beginnings = Beginnings(ids, np.full(ids.shape[:2], common, np.int32), owner)
-    return packs._replace(beginnings=beginnings), begins
-
-
-def joined(made: Sequence[tuple[Packs, list[np.ndarray]]]) -> tuple[Packs, list[np.ndarray]]:
-    """What several calls of `pack` made, of one length and of the same groups, as though it were made by one: all with
-    a head, or none.
-
-    They are asked for without `few_shapes`: the whole is rounded up, by packs of padding.
-    """
-    all_packs, length = [packs for packs, _ in made], made[0][0].tokens.shape[2]
-    counts = [packs.tokens.shape[1] for packs in all_packs]
-    firsts = np.cumsum([0, *counts[:-1]]) * length
-    more = [(0, 0), (0, _rounded(sum(counts)) - sum(counts))]
-
-    def whole(leaves, padding):
-        return np.pad(np.concatenate(leaves, axis=1), padding)
-
-    laid = Packs(*(whole(leaves, [*more, (0, 0)]) for leaves in zip(*(packs[:3] for packs in all_packs), strict=True)))
-    if all_packs[0].beginnings is not None:
-        begun = [packs.beginnings for packs in all_packs]
-        sizes = [x.tokens.shape[2] for x in begun]
-        ids = [np.pad(x.tokens, [(0, 0), (0, 0), (0, max(sizes) - n)]) for x, n in zip(begun, sizes, strict=True)]
-        beginnings = Beginnings(
-            np.concatenate(ids, axis=1),
-            np.concatenate([x.lengths for x in begun], axis=1),
-            whole([np.full_like(x.owner, i) for i, x in enumerate(begun)], more),
+    each = len(groups[0])
+    rows = [
+        (
+            np.concatenate([x[members] for x in ids]),
+            np.concatenate([x[members] for x in own]),
+            np.repeat(firsts, each),
+            np.repeat(follows, each),
         )
-        laid = laid._replace(beginnings=beginnings)
-        firsts = firsts + len(made) * max(sizes) - np.array(sizes)
-    return laid, [start + first for (_, starts), first in zip(made, firsts, strict=True) for start in starts]
+        for members in groups
+    ]
+    packs, placed = _laid_out(rows, [texts] * len(groups), bucket_of(sum(map(len, texts))), length, agree)
+    begins = [np.zeros(count, np.int32) for _ in kinds]
+    for members, places in zip(groups, placed, strict=True):
+        for begin, first, of_kind in zip(begins, firsts, places.reshape(len(kinds), each), strict=True):
+            begin[members] = of_kind - first
+    return packs, begins
 
 
-def after_prompts(
-    prompts: np.ndarray,
-    starts: np.ndarray,
-    texts: np.ndarray,
-    lengths: np.ndarray,
+def prompts_together(longest: int, rows: int) -> int:
+    """How many prompts of at most so many tokens make a group, of the rows of a device's chunk, which they divide.
+
+    With more of them less of their texts' last packs is empty; but each text has the keys of all.
+    """
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * longest <= TOGETHER))
+
+
+def pack_after(
+    prompts: tuple[np.ndarray, np.ndarray],
+    texts: tuple[np.ndarray, np.ndarray],
+    *,
     length: int,
+    shards: int,
+    chunks: int,
+    together: int,
     agree: Callable[[int], int] | None = None,
-) -> tuple[Packs, np.ndarray]:
-    """Texts that follow a prompt, packed behind it: the prompt is computed once. Each prompt is a group (N = B).
+) -> tuple[Packs, np.ndarray, np.ndarray]:
+    """Texts packed behind their prompts, each of which is computed once.
 
     Args:
-      prompts, starts: right-padded [B, C] and their lengths [B].
-      texts, lengths: what follows each, right-padded [B, G, any width] and [B, G].
-      length, agree: as of `pack`.
+      prompts: right-padded [B, any width] and their lengths [B].
+      texts: what follows each, right-padded [B, G, any width] and their lengths [B, G].
+      length, shards, chunks, agree: as of `pack`.
+      together: prompts of a group: of `prompts_together`.
 
     Returns:
-      Packs, and where each text would begin if its prompt stood right before it [B, G].
+      Packs of B / together groups; where each prompt ends [B]: the place of its last token; and where each text would
+      begin if its prompt stood right before it [B, G].
     """
-    placed = [_best_fit(np.maximum(each, 1), length) for each in lengths]
+    ids, starts = prompts
+    count, group = texts[1].shape
+    own = _cut(texts[0].reshape(count * group, -1), 0, length).reshape(count, group, length)
+    groups = np.arange(count).reshape(shards, -1, together, chunks).swapaxes(2, 3).reshape(-1, together)
+    numbers = np.repeat(1 + np.arange(together), group)
+    rows = [(own[m].reshape(-1, length), texts[1][m].ravel(), np.repeat(starts[m], group), numbers) for m in groups]
+    before = [[ids[b, : starts[b]] for b in members] for members in groups]
+    room = bucket_of((agree or _largest)(int(starts[groups].sum(1).max())))
+    packs, placed = _laid_out(rows, before, room, length, agree)
+    ends, begins = np.zeros(count, np.int32), np.zeros((count, group), np.int32)
+    for members, places in zip(groups, placed, strict=True):
+        ends[members] = np.cumsum(starts[members]) - 1
+        begins[members] = places.reshape(together, group) - starts[members, None]
+    return packs, ends, begins
+
+
+def _cut(ids: np.ndarray, first: int, width: int) -> np.ndarray:
+    """Columns from `first` on, so many, filled up with zeros."""
+    part = ids[:, first : first + width]
+    return np.pad(part, ((0, 0), (0, width - part.shape[1])))
+
+
+def _laid_out(rows, before, room: int, length: int, agree) -> tuple[Packs, list[np.ndarray]]:
+    """Packs, and the place of each row's first token, by group.
+
+    Args:
+      rows: of each group: ids [rows, L], lengths, position of the first token, and which text they follow, each [rows].
+      before: of each group: the texts that stand before its packs, in `room` tokens.
+    """
+    placed = [_best_fit(np.maximum(lengths, 1), length) for _, lengths, *_ in rows]
     most = (agree or _largest)(max(used for _, _, used in placed))
-    packs = _empty(len(prompts), _rounded(most), length)
-    for n, (places, numbers, _) in enumerate(placed):
-        _fill(packs, n, places, numbers, texts[n], lengths[n], starts[n])
-    owner = np.zeros(packs.tokens.shape[:2], np.int32)
-    beginnings = Beginnings(prompts[:, None].astype(np.int32), starts[:, None].astype(np.int32), owner)
-    begins = np.stack([places for places, _, _ in placed]) + prompts.shape[1] - starts[:, None]
-    return packs._replace(beginnings=beginnings), begins.astype(np.int32)
-
-
-def _empty(groups: int, count: int, length: int) -> Packs:
-    return Packs(*np.zeros((3, groups, count, length), np.int32))
-
-
-def _fill(packs: Packs, group: int, places, numbers, texts, lengths, first: int) -> None:
-    """Lays the texts, each as long as `lengths` says, out at their places; their positions begin with `first`."""
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    offset = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    target = np.asarray(places)[owner] + offset
-    leaves = (texts[owner, offset], first + offset, np.asarray(numbers)[owner])
-    for leaf, values in zip(packs[:3], leaves, strict=True):
-        leaf[group].reshape(-1)[target] = values
+    most = min(_rounded(most), len(rows[0][1]))
+    tokens, positions, segments, follows = leaves = np.zeros((4, len(rows), most, length), np.int32)
+    for n, ((ids, lengths, firsts, texts), (starts, numbers, _)) in enumerate(zip(rows, placed, strict=True)):
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        values = (ids[row, offset], firsts[row] + offset, numbers[row], texts[row])
+        for leaf, x in zip(leaves, values, strict=True):
+            leaf[n].reshape(-1)[starts[row] + offset] = x
+    packs, places = Packs(tokens, positions, segments), [room + starts for starts, _, _ in placed]
+    if not room:
+        return packs, places
+    tokens, positions, segments = np.zeros((3, len(rows), room), np.int32)
+    for n, texts in enumerate(before):
+        end = 0
+        for number, text in enumerate(texts, 1):
+            here, end = slice(end, end + len(text)), end + len(text)
+            tokens[n, here], positions[n, here], segments[n, here] = text, np.arange(len(text)), number
+    return packs._replace(before=Beginning(tokens, positions, segments, follows)), places
 
 
 def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -206,34 +225,31 @@ def _largest(most: int) -> int:
 
 
 def packed_states(params, config: ModelConfig, packs: Packs, dropout: jax.Array | None = None) -> Float[Array, "N T D"]:
-    """Hidden states of a group's beginnings and packs, end to end; those of padding mean nothing.
+    """Hidden states of each group's tokens; those of padding mean nothing.
 
     `dropout` is a random key: with one, an adapter drops inputs as its config says.
     """
     count, _, length = packs.tokens.shape
     rngs = None if dropout is None else {"dropout": dropout}
-
-    given = [_rows(x, (-1, length)) for x in packs[:3]] if packs.beginnings is None else begun(packs)
+    given = [_rows(x, (-1, length)) for x in packs[:3]] if packs.before is None else begun(packs)
     hidden = Decoder(config).apply({"params": params}, *given, rngs=rngs)[0]
     return jnp.reshape(hidden, (count, -1, config.width), out_sharding=out(P(BATCH, None, None)))
 
 
-def begun(packs: Packs) -> tuple[Int[Array, "R 8"], Int[Array, "R 8"], Begun]:
+def begun(packs: Packs) -> tuple[Int[Array, "R U"], Int[Array, "R U"], Begun]:
     """Tokens and positions of all groups, and what sees what. A group's T tokens are cut into short rows: along one
     axis of thousands XLA sums the gradients of norms on one core of a CPU."""
-    texts, lengths, owner = packs.beginnings
-    groups, _, size = texts.shape
-    places = jnp.broadcast_to(jnp.arange(size), texts.shape)
-    valid = places < lengths[..., None]
-    before = jnp.take_along_axis(valid, owner[..., None], axis=1)
-    segments = _rows(packs.segments, (-1, packs.segments.shape[2]))
-    seen = Begun(visible(_rows(valid, (-1, size))), visible(segments, _rows(before, (-1, size))), owner)
+    before, (count, most, length) = packs.before, packs.tokens.shape
+    assert before is not None
+    follows = before.segments[:, None, None, :] == before.follows[..., None]
+    follows = jnp.reshape(follows, (count * most, length, -1), out_sharding=out(P(BATCH, None, None)))
+    seen = Begun(visible(before.segments), visible(_rows(packs.segments, (-1, length)), follows))
 
     def laid(first, then):
-        group = jnp.concatenate([_rows(x, (groups, -1)) for x in (first, then)], axis=1)
+        group = jnp.concatenate([first, _rows(then, (count, most * length))], axis=1)
         return _rows(group, (-1, math.gcd(group.shape[1], _UNIT)))
 
-    return laid(texts, packs.tokens), laid(place(places, P(BATCH, None, None)), packs.positions), seen
+    return laid(before.tokens, packs.tokens), laid(before.positions, packs.positions), seen
 
 
 def _rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:

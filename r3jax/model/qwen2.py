@@ -296,7 +296,7 @@ class Decoder(nn.Module):
 
         A token sees what stands before it in its own segment, and itself; segment 0 (False) is padding. Rows of packs
         that follow a beginning have a `Begun` in place of segments. With `before`, of `shared_states`, all see that
-        too, and the keys and values returned begin with it. Kernel splash can neither.
+        too, and the keys and values returned begin with it. Splash can do neither.
         """
         c = self.config
         x = Embed(c, name="embed")(tokens)
@@ -376,7 +376,8 @@ def last_states(
 
 def _seen(segments, before: Shared | None) -> jax.Array:
     """`visible`, where all that stands before is seen."""
-    return visible(segments, jnp.ones((len(segments), _length(before)), bool) if before is not None else None)
+    ones = None if before is None else jnp.ones((*segments.shape, _length(before)), bool)
+    return visible(segments, ones if ones is None else place(ones, P(BATCH, None, None)))
 
 
 def _length(before: Shared | None) -> int:

@@ -60,7 +60,7 @@ def supervised(stage: SFT, state: TrainState, mesh: Mesh, transform, record: dic
     row = transform(record, np.random.default_rng(0))
     stage.mesh = mesh  # the host's packing asks it for the number of shards
     batch = stage.packed({name: np.stack([value] * rows) for name, value in row.items()})
-    tokens = sum(int(batch[name].sum()) for name in ("direct_length", "reasoned_length", "doc_lengths"))
+    tokens = sum(batch[name].computed() for name in ("query_packs", "doc_packs"))
     return Program("SFT step", stage.update, (state, _abstract(batch, mesh)), {}, trained=tokens)
 
 
@@ -116,7 +116,7 @@ def policy_update(stage: RL, state: TrainState, mesh: Mesh, rows: int) -> Progra
         dropped=np.zeros(rows, bool),
     )
     batch = stage.packed(stage.arrays(groups))
-    tokens = int(batch["lengths"].sum() + batch["doc_lengths"].sum())
+    tokens = batch["packs"].computed() + batch["doc_packs"].computed()
     return Program("policy update", stage.update, (state, _abstract(batch, mesh)), {}, trained=tokens)
 
 

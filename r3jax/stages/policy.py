@@ -58,7 +58,8 @@ def encode(params, part, *, model: ModelConfig, reference, policy: PolicyConfig)
     _, targets, mask = answer_window(tokens, starts, lengths, policy.max_new)
     # The prompt's last token predicts a completion's first, each of the completion's own the next.
     steps = jnp.arange(policy.max_new)[None, :]
-    places = jnp.where(steps == 0, _rows(part["prompt_ends"])[:, None], (begins + starts)[:, None] + steps - 1)
+    ends = _rows(jnp.broadcast_to(part["prompt_ends"][:, None], (count, group)))
+    places = jnp.where(steps == 0, ends[:, None], (begins + starts)[:, None] + steps - 1)
     places = place(jnp.where(mask, places, 0), P(BATCH, None))
     states = packed_states(params, model, part["packs"])
     terms = answer_terms(params, model, pick(states, places), targets, mask, temperature=policy.temperature)

@@ -21,7 +21,7 @@ import optax
 from r3jax.data.stream import stream
 from r3jax.errors import UserError
 from r3jax.model.encoder import bucket_of, encode_rows, pad
-from r3jax.model.packing import after_prompts, pack, pack_length
+from r3jax.model.packing import pack, pack_after, pack_length, prompts_together
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import batch_parts, batch_share, own_rows, put_batch
 from r3jax.processes import here
@@ -173,31 +173,33 @@ class RL:
 
     def packed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A host batch, with its rollouts and documents in packs too."""
-        to_packs = partial(pack, shards=batch_parts(self.mesh) // self._processes, chunks=self._chunks)
-        alone = self.model.attention == "splash"  # which cannot read a beginning once for all
+        shards, new = batch_parts(self.mesh) // self._processes, batch["mask"].shape[2]
+        to_packs = partial(pack, shards=shards, chunks=self._chunks)
+        alone = self.model.attention == "splash"  # which reads whole rows only
         tokens, starts, lengths = (batch[name] for name in ("tokens", "starts", "lengths"))
         if alone:
             kinds = [(tokens[:, i], lengths[:, i]) for i in range(lengths.shape[1])]
             packs, rows = to_packs(kinds, length=pack_length(tokens.shape[2]))
             begins = np.stack(rows, 1)
-            prompt_ends = begins + starts - 1
+            ends = (begins + starts - 1)[:, 0]
         else:
-            own = np.minimum(starts[..., None] + np.arange(batch["mask"].shape[2]), tokens.shape[2] - 1)
-            packs, begins = after_prompts(
-                tokens[:, 0, : tokens.shape[2] - batch["mask"].shape[2]],
-                starts[:, 0],
-                np.take_along_axis(tokens, own, axis=2),
-                lengths - starts,
-                bucket_of(batch["mask"].shape[2]),
+            longest = self.chat.reasoning_extra + self.lengths.query
+            packs, ends, begins = pack_after(
+                (tokens[:, 0], starts[:, 0]),
+                (np.take_along_axis(tokens, starts[..., None] + np.arange(new), axis=2), lengths - starts),
+                length=bucket_of(new),
+                shards=shards,
+                chunks=self._chunks,
+                together=prompts_together(longest, len(tokens) // shards // self._chunks),
             )
-            prompt_ends = starts - 1
-        docs, ends = batch["docs"], batch["doc_lengths"]
-        doc_kinds = [(docs[:, i], ends[:, i]) for i in range(docs.shape[1])]
+        docs, doc_ends = batch["docs"], batch["doc_lengths"]
+        kinds = [(docs[:, i], doc_ends[:, i]) for i in range(docs.shape[1])]
         head = () if alone else self.chat.direct_head
-        doc_packs, doc_begins = to_packs(doc_kinds, length=pack_length(docs.shape[2] - len(head)), head=head)
+        length = pack_length(docs.shape[2] - len(head))
+        doc_packs, doc_begins = to_packs(kinds, length=length, heads=[head] * len(kinds))
         return batch | {
             "packs": packs,
-            "prompt_ends": prompt_ends,
+            "prompt_ends": ends,
             "begins": begins,
             "doc_packs": doc_packs,
             "doc_begins": np.stack(doc_begins, 1),

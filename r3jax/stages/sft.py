@@ -22,7 +22,7 @@ from r3jax.data.beir import Dataset
 from r3jax.data.stream import stream
 from r3jax.losses import info_nce, triplet_margin
 from r3jax.model.lora import join
-from r3jax.model.packing import joined, last_vectors, pack, pack_length, packed_states, pick
+from r3jax.model.packing import last_vectors, pack, pack_length, packed_states, pick
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import BATCH, batch_parts, batch_share, out, place, put_batch
 from r3jax.processes import gather
@@ -167,9 +167,9 @@ class SFT:
         self._chunks = chunks
         # Instructions that all rows have in common are computed once; splash cannot.
         shared = model.attention != "splash"
-        self._heads = {"direct": chat.direct_head if shared else (), "reasoned": chat.reasoning_head if shared else ()}
+        self._heads = chat.heads if shared else ((), ())
         reasoned = chat.reasoning_extra + lengths.query + lengths.thought + 1
-        direct, reasoned = direct - len(self._heads["direct"]), reasoned - len(self._heads["reasoned"])
+        direct, reasoned = (n - len(head) for n, head in zip((direct, reasoned), self._heads, strict=True))
         self._doc_pack, self._query_pack = pack_length(direct), pack_length(max(direct, reasoned))
         self.update = jax.jit(
             partial(
@@ -198,20 +198,11 @@ class SFT:
         shards = batch_parts(self.mesh) // self._share[1]
         to_packs = partial(pack, shards=shards, chunks=self._chunks)
         names = ("direct", "reasoned")
-        queries, begins = joined(
-            [
-                to_packs(
-                    [(batch[name], batch[f"{name}_length"])],
-                    length=self._query_pack,
-                    head=self._heads[name],
-                    few_shapes=False,
-                )
-                for name in names
-            ]
-        )
+        kinds = [(batch[name], batch[f"{name}_length"]) for name in names]
+        queries, begins = to_packs(kinds, length=self._query_pack, heads=self._heads)
         batch = batch | {f"{name}_begin": begin for name, begin in zip(names, begins, strict=True)}
         kinds = [(batch["docs"][:, i], batch["doc_lengths"][:, i]) for i in range(batch["docs"].shape[1])]
-        docs, begins = to_packs(kinds, length=self._doc_pack, head=self._heads["direct"])
+        docs, begins = to_packs(kinds, length=self._doc_pack, heads=self._heads[:1] * len(kinds))
         return batch | {"doc_begins": np.stack(begins, 1), "query_packs": queries, "doc_packs": docs}
 
     def consumed(self) -> list[int]:
