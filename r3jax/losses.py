@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+CHUNK = 1024  # tokens whose logits a device computes at once
+
 
 def info_nce(
     query: Float[Array, "B D"],
@@ -75,7 +77,7 @@ def token_terms(
     ref_hidden: Float[Array, "N D"] | None = None,
     ref_unembed: Array | Callable | None = None,
     used: Bool[Array, " N"] | None = None,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
 ) -> TokenTerms:
     """Log-probability, entropy and exact KL of each token without ever holding logits [N, V].
 

@@ -98,12 +98,18 @@ def _begun(q, keys, values, seen, kernel):
     q, keys, values = (_laid(x, (groups, total), x.ndim - 2) for x in (q, keys, values))
 
     def after(x):
-        wide = jnp.broadcast_to(x[:, None, :ends], (groups, count // groups, ends, *x.shape[2:]))
-        return jnp.concatenate([_laid(wide, (count, ends), 2), _laid(x[:, ends:], (count, own), 2)], axis=1)
+        return behind(x[:, :ends], _laid(x[:, ends:], (count, own), 2))
 
     first = attend(q[:, :ends], keys[:, :ends], values[:, :ends], seen.beginning, kernel)
     then = attend(_laid(q[:, ends:], (count, own), 3), after(keys), after(values), seen.packs, kernel)
     return _laid(jnp.concatenate([first, _laid(then, (groups, total - ends), 3)], axis=1), shape[:2], 3)
+
+
+def behind(shared: Float[Array, "N C K H"], own: Float[Array, "B L K H"]) -> Float[Array, "B C+L K H"]:
+    """Keys or values that each of N parts of the batch has once, before each row's own."""
+    parts, length, *rest = shared.shape
+    wide = jnp.broadcast_to(shared[:, None], (parts, len(own) // parts, length, *rest))
+    return jnp.concatenate([_laid(wide, (len(own), length), 2), own], axis=1)
 
 
 def _laid(x, lead: tuple[int, ...], heads: int):

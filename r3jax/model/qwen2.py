@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from r3jax.model.attention import Begun, attend, masked_softmax, visible
+from r3jax.model.attention import Begun, attend, behind, masked_softmax, visible
 from r3jax.model.rope import rope
 from r3jax.model.sharding import BATCH, brought, few, out, place, same_sums, used, where
 
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         turn = partial(rope, theta=c.rope_theta, factor=c.rope_factor, original_length=c.rope_original_length)
         q, keys = turn(q, positions=places) * h**-0.5, turn(keys, positions=positions)
         if before is not None:
-            keys, values = (_after(*both) for both in zip(before, (keys, values), strict=True))
+            keys, values = (behind(*both) for both in zip(before, (keys, values), strict=True))
         if memory is None:
             mixed = attend(q, keys, values, seen, c.attention if at is None else "xla")
             state = (keys, values)
@@ -215,14 +215,6 @@ class Attention(nn.Module):
         axes = ("kv_heads", None, None, "embed")
         y = Linear((k, m, h), (c.width,), axes, c, gathered=self.gathered, name="o")(mixed)
         return y, state
-
-
-def _after(shared: jax.Array, own: jax.Array) -> jax.Array:
-    """Keys or values [B, P + L, K, H]: those that a part of the batch has once, [N, P, K, H], before each row's own."""
-    parts, length, *rest = shared.shape
-    spec = P(BATCH, *used((None, "kv_heads", None)))
-    wide = jnp.broadcast_to(shared[:, None], (parts, own.shape[0] // parts, length, *rest))
-    return jnp.concatenate([jnp.reshape(wide, (-1, length, *rest), out_sharding=out(spec)), own], axis=1)
 
 
 def token_at(x: Shaped[Array, "B L D"], at: Int[Array, " B"]) -> Shaped[Array, "B 1 D"]:

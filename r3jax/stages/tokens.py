@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from r3jax.losses import TokenTerms, token_terms
+from r3jax.losses import CHUNK, TokenTerms, token_terms
 from r3jax.model.qwen2 import ModelConfig, head
 from r3jax.model.sharding import BATCH, out, place, platform
 
-# Tokens whose logits a device computes at once: of few, few do not count; but each time costs a reduction over devices.
-CHUNK, ON_CPU = 1024, 256
+ON_CPU = 256  # for `losses.CHUNK`: among few, few do not count; elsewhere each chunk costs a reduction over devices
 
 
 def fill(ids: list[int], length: int, value: int = 0) -> np.ndarray:
