@@ -112,33 +112,37 @@ def test_what_cudnn_is_given_is_the_same_attention(inputs, monkeypatch, before):
 
 @pytest.mark.parametrize("kernel", ["xla", "cudnn"])
 def test_packs_see_the_beginning_they_follow(monkeypatch, kernel):
-    """Two groups of three packs each, beside each pack laid behind its own beginning."""
+    """Two groups of two beginnings and three packs each, beside each pack laid behind its own."""
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **b: plain(*a, **b))
     rng, (size, length) = np.random.default_rng(3), (6, 8)
-    texts = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]])
+    texts = np.array([[[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]], [[1, 2, 2, 2, 2, 2], [1, 1, 2, 0, 0, 0]]])
+    after = np.array([[0, 1, 0], [1, 1, 0]])
     follows = rng.integers(1, 3, (2, 3, length))
     segments = np.sort(rng.integers(1, 3, (2, 3, length)), axis=2)
-    q = rng.normal(size=(2, size + 3 * length, K, M, H)).astype(np.float32)
-    keys, values = rng.normal(size=(2, 2, size + 3 * length, K, H)).astype(np.float32)
-    before = follows[..., None] == texts[:, None, None]
+    total = 2 * size + 3 * length
+    q = rng.normal(size=(2, total, K, M, H)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, total, K, H)).astype(np.float32)
+    before = follows[..., None] == np.take_along_axis(texts, after[..., None], 1)[:, :, None]
     seen = attention.Begun(
-        attention.visible(texts), attention.visible(segments.reshape(6, length), before.reshape(6, length, size))
+        attention.visible(texts.reshape(4, size)),
+        attention.visible(segments.reshape(6, length), before.reshape(6, length, size)),
+        after[..., None] == np.arange(2),
     )
-    rows = (x.reshape(-1, 5, *x.shape[2:]) for x in (q, keys, values))  # cut into rows of any length
+    rows = (x.reshape(-1, 4, *x.shape[2:]) for x in (q, keys, values))  # cut into rows of any length
     got = np.asarray(attention.attend(*rows, seen, kernel)).reshape(q.shape)
     causal = np.tril(np.ones((size + length, size + length), bool))
     for n in range(2):
         for i in range(3):
-            then = size + i * length
-            places = [*range(size), *range(then, then + length)]
-            row_seen = causal.copy()[None]
-            row_seen[0, :size, :size] &= texts[n][:, None] == texts[n]
+            first, then = after[n, i] * size, 2 * size + i * length
+            places = [*range(first, first + size), *range(then, then + length)]
+            row_seen, text = causal.copy()[None], texts[n, after[n, i]]
+            row_seen[0, :size, :size] &= text[:, None] == text
             row_seen[0, size:, :size] = before[n, i]
             row_seen[0, size:, size:] &= segments[n, i][:, None] == segments[n, i]
             row = [x[n : n + 1, places] for x in (q, keys, values)]
             want = np.asarray(attention._plain(*row, row_seen))[0]
-            np.testing.assert_allclose(got[n, :size], want[:size], atol=2e-6)
+            np.testing.assert_allclose(got[n, first : first + size], want[:size], atol=2e-6)
             np.testing.assert_allclose(got[n, then : then + length], want[size:], atol=2e-6)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from r3jax.losses import grad_cache
 from r3jax.model.encoder import embed
-from r3jax.model.packing import last_vectors, pack, pack_after, packed_states, pick, prompts_together
+from r3jax.model.packing import last_vectors, pack, pack_after, packed_states, pick
 from r3jax.model.qwen2 import hidden_states
 from r3jax.model.sharding import batch_parts, make_mesh, put_batch
 from tests.tiny_model import padded, sizes, weights
@@ -90,8 +90,11 @@ def test_states_are_those_of_the_rows_by_themselves(mesh):
         np.testing.assert_allclose(vectors, embed(params, CONFIG, tokens, lengths), atol=1e-5)
 
 
-@pytest.mark.parametrize(("mesh", "together"), [(None, 1), (None, 2), (None, 4), ((4, 1, 1), 1), ((2, 2, 2), 1)])
-def test_texts_behind_their_prompt_are_read_as_by_themselves(mesh, together):
+@pytest.mark.parametrize(
+    ("mesh", "room", "beginnings"),
+    [(None, 7, 3), (None, 8, 2), (None, 16, 1), ((4, 1, 1), 8, 1), ((2, 2, 2), 10, 1)],
+)
+def test_texts_behind_their_prompt_are_read_as_by_themselves(mesh, room, beginnings):
     rng = np.random.default_rng(6)
     starts = np.array([5, 1, 7, 3], np.int32)
     own = rng.integers(0, 7, (4, 4)).astype(np.int32)
@@ -101,12 +104,14 @@ def test_texts_behind_their_prompt_are_read_as_by_themselves(mesh, together):
     packs, ends, begins = pack_after(
         (prompts, starts),
         (texts.reshape(4, 4, -1), own),
+        room=room,
         length=8,
         shards=batch_parts(mesh) if mesh else 1,
         chunks=1,
-        together=together,
     )
-    assert packs.tokens.shape[:2] <= (4 // together, 3 * together) and packs.computed() == own.sum() + starts.sum()
+    shards = len(packs.tokens)
+    assert packs.before.tokens.shape == (shards, beginnings, room)
+    assert packs.computed() == own.sum() + starts.sum()
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         given = put_batch(mesh, packs) if mesh else packs
         states = np.asarray(jax.jit(lambda p, packs: packed_states(p, CONFIG, packs))(weights(CONFIG), given))
@@ -116,16 +121,19 @@ def test_texts_behind_their_prompt_are_read_as_by_themselves(mesh, together):
         whole[row, :start], whole[row, start:end] = prompts[row // 4, :start], texts[row, : end - start]
     want = np.asarray(hidden_states(weights(CONFIG), CONFIG, whole, lengths)).reshape(4, 4, 16, -1)
     for b, start in enumerate(starts):
-        ours = states[b // together]
+        ours = states[b * shards // 4]  # shards have their prompts in order
         np.testing.assert_allclose(ours[ends[b] + 1 - start : ends[b] + 1], want[b, 0, :start], atol=1e-5)
         for g, n in enumerate(own[b]):
             first = begins[b, g] + start
             np.testing.assert_allclose(ours[first : first + n], want[b, g, start : start + n], atol=1e-5)
 
 
-def test_few_prompts_make_a_group():
-    assert [prompts_together(40, rows) for rows in (1, 5, 6, 7, 8, 128)] == [1, 5, 6, 1, 4, 4]
-    assert prompts_together(257, 64) == 1
+def test_prompts_and_texts_that_do_not_fit_are_refused():
+    prompts, texts = (np.ones((1, 9), np.int32), np.array([9])), (np.ones((1, 2, 5), np.int32), np.array([[5, 4]]))
+    with pytest.raises(ValueError, match="a row of 9 tokens does not fit into packs of 8"):
+        pack_after(prompts, texts, room=8, length=5, shards=1, chunks=1)
+    with pytest.raises(ValueError, match="a row of 5 tokens does not fit into packs of 4"):
+        pack_after(prompts, texts, room=9, length=4, shards=1, chunks=1)
 
 
 @pytest.mark.parametrize(("shards", "chunks"), [(1, 1), (2, 3)])

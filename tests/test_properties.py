@@ -47,11 +47,10 @@ def group_of(row: int, count: int, shards: int, chunks: int) -> int:
 
 
 def at(packs, group: int, places) -> list[list[int]]:
-    """Tokens, positions, segments at some places of a group, and the text before its packs that they follow."""
-    before = packs.before
-    places = np.asarray(places) - before.tokens.shape[1]
+    """Tokens, positions, segments at some places of a group, and which text of their pack's beginning they follow."""
+    places = np.asarray(places) - packs.before.tokens[0].size
     assert (places >= 0).all()
-    return [x.reshape(len(x), -1)[group, places].tolist() for x in (*packs[:3], before.follows)]
+    return [x.reshape(len(x), -1)[group, places].tolist() for x in (*packs[:3], packs.before.follows)]
 
 
 @given(batches(), st.integers(0, 30))
@@ -101,13 +100,16 @@ def test_what_rows_begin_with_stands_once_before_their_packs(batch, spare, commo
     length = max(1, longest) + spare
     padded = [pad(kind, max(map(len, kind))) for kind in rows]
     packs, begins = pack(padded, length=length, shards=shards, chunks=chunks, heads=heads, agree=lambda most: most)
-    count, first = shards * chunks, packs.before.tokens.shape[1]
+    count, first = shards * chunks, packs.before.tokens.shape[2]
     texts = heads if apart else heads[:1]
     end = sum(map(len, texts))
-    assert (packs.before.tokens[:, :end] == np.concatenate(texts)).all() and first - end < max(8, end / 4)
-    assert (packs.before.positions[:, :end] == np.concatenate([np.arange(len(text)) for text in texts])).all()
+    assert packs.before.tokens.shape[:2] == (count, 1) and not packs.before.after.any()
+    assert first - end < max(8, end / 4)
+    tokens, positions, segments = (x[:, 0] for x in packs.before[:3])
+    assert (tokens[:, :end] == np.concatenate(texts)).all()
+    assert (positions[:, :end] == np.concatenate([np.arange(len(text)) for text in texts])).all()
     numbers = np.repeat(1 + np.arange(len(texts)), [len(text) for text in texts])
-    assert (packs.before.segments[:, :end] == numbers).all() and not packs.before.segments[:, end:].any()
+    assert (segments[:, :end] == numbers).all() and not segments[:, end:].any()
     taken = np.zeros((count, packs.tokens[0].size), int)
     for i, (kind, head, begin) in enumerate(zip(rows, heads, begins, strict=True)):
         for row, (tokens, start) in enumerate(zip(kind, begin, strict=True)):
@@ -124,45 +126,49 @@ def test_what_rows_begin_with_stands_once_before_their_packs(batch, spare, commo
     assert not packs.tokens[packs.segments == 0].any() and not packs.before.follows[packs.segments == 0].any()
 
 
-@given(st.data(), st.integers(1, 3), st.integers(1, 6), st.integers(0, 30))
-def test_texts_stand_whole_and_alone_behind_their_prompt(data, together, group, spare):
-    shards, chunks, each = (data.draw(st.integers(1, 2)) for _ in range(3))
-    count, ids = shards * chunks * each * together, iter(range(1, 10**6))
+@given(st.data(), st.integers(1, 4), st.integers(1, 6), st.integers(0, 30), st.integers(0, 20))
+def test_texts_stand_whole_and_alone_behind_their_prompt(data, each, group, spare, wider):
+    shards, chunks = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    count, ids = shards * chunks * each, iter(range(1, 10**6))
     starts = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
     more = data.draw(st.lists(st.integers(0, 9), min_size=count * group, max_size=count * group))
     prompts, texts = ([[next(ids) for _ in range(n)] for n in sizes] for sizes in (starts, more))
-    length = max(max(more), 1) + spare
+    length, room = max(max(more), 1) + spare, max(starts) + wider
     packs, ends, begins = pack_after(
         pad(prompts, max(starts) + 1),
         (pad(texts, length)[0].reshape(count, group, -1), np.array(more).reshape(count, group)),
+        room=room,
         length=length,
         shards=shards,
         chunks=chunks,
-        together=together,
         agree=lambda most: most,
     )
     before = packs.before
-    assert packs.tokens.shape[0] == count // together and packs.tokens.shape[1] <= together * group
-    taken = np.zeros((len(packs.tokens), packs.tokens[0].size), int)
-    for i, text in enumerate(texts):
-        row, start = i // group, starts[i // group]
-        # Of a chunk's groups the first takes its first prompts, in order.
-        shard, within = divmod(row, count // shards)
-        mine = shard * chunks * each + within // chunks // together * chunks + within % chunks
-        prompt = np.arange(ends[row] + 1 - start, ends[row] + 1)
-        assert before.tokens[mine, prompt].tolist() == prompts[row]
-        assert before.positions[mine, prompt].tolist() == list(range(start))
-        number = set(before.segments[mine, prompt].tolist())
-        assert (before.segments[mine] == min(number)).sum() == start and len(number) == 1 and 0 not in number
-        own = begins[row, i % group] + start + np.arange(len(text))
-        found = at(packs, mine, own)
-        assert found[:2] == [text, list(range(start, start + len(text)))] and found[3] == [min(number)] * len(text)
-        places = own - before.tokens.shape[1]
-        if text:
-            others = packs.segments[mine, places[0] // length]
-            assert places[0] // length == places[-1] // length and (others == found[2][0]).sum() == len(text)
-        taken[mine, places] += 1
-    assert (taken == (packs.segments.reshape(len(taken), -1) > 0)).all()
+    groups, beginnings, width = before.tokens.shape
+    assert (groups, width) == (shards * chunks, room) and beginnings <= each and packs.tokens.shape[1] <= each * group
+    begun = np.zeros((groups, beginnings * room), int)
+    taken = np.zeros((groups, packs.tokens[0].size), int)
+    for row, prompt in enumerate(prompts):
+        mine = group_of(row, count, shards, chunks)
+        places = np.arange(ends[row] + 1 - len(prompt), ends[row] + 1)
+        which = places[0] // room
+        tokens, positions, segments = (x[mine].ravel()[places].tolist() for x in before[:3])
+        assert tokens == prompt and positions == list(range(len(prompt))) and which == places[-1] // room
+        assert set(segments) == {segments[0]} and segments[0] > 0
+        assert (before.segments[mine, which] == segments[0]).sum() == len(prompt)
+        begun[mine, places] += 1
+        for text, begin in zip(texts[row * group : (row + 1) * group], begins[row], strict=True):
+            own = begin + len(prompt) + np.arange(len(text))
+            found, places = at(packs, mine, own), own - beginnings * room
+            assert found[:2] == [text, list(range(len(prompt), len(prompt) + len(text)))]
+            assert found[3] == segments[:1] * len(text)
+            if text:
+                of_text = places[0] // length
+                assert before.after[mine, of_text] == which and of_text == places[-1] // length
+                assert (packs.segments[mine, of_text] == found[2][0]).sum() == len(text)
+            taken[mine, places] += 1
+    assert (begun == (before.segments.reshape(groups, -1) > 0)).all()
+    assert (taken == (packs.segments.reshape(groups, -1) > 0)).all()
 
 
 @given(st.integers(1, 40_000), st.integers(0, 500))

@@ -7,8 +7,8 @@
 The kernels want lengths that are multiples of 128 (cuDNN's gradient has been seen to be NaN at others); shorter rows
 are padded here. In every kernel padding sees padding, so that no row is without a key.
 
-Axes: B batch, L length, S keys, K kv heads, M query heads per kv head, H head dim; N groups of C tokens and, behind
-them, P packs each.
+Axes: B batch, L length, S keys, K kv heads, M query heads per kv head, H head dim; N groups of E beginnings of C tokens
+and, behind them, P packs each.
 """
 
 from typing import NamedTuple
@@ -54,11 +54,12 @@ def visible(
 
 
 class Begun(NamedTuple):
-    """What sees what where a group's tokens lie in one: what its packs follow, then the packs end to end (N groups of
-    C + P L tokens, cut into rows of any length). `visible` of both."""
+    """What sees what where a group's tokens lie in one: beginnings, then the packs that follow them, end to end (N
+    groups of E C + P L tokens, cut into rows of any length). `visible` of both, and which beginning a pack follows."""
 
-    beginning: Bool[Array, "N C C"]
+    beginnings: Bool[Array, "NE C C"]
     packs: Bool[Array, "NP L C+L"]
+    after: Bool[Array, "N P E"]
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -92,17 +93,27 @@ def attend(
 
 
 def _begun(q, keys, values, seen, kernel):
-    """What stands before a group's packs by itself; the packs with its keys before their own."""
-    (groups, ends, _), (count, own, _) = seen.beginning.shape, seen.packs.shape
-    total, shape = ends + count // groups * own, q.shape
-    q, keys, values = (_laid(x, (groups, total), x.ndim - 2) for x in (q, keys, values))
+    """Beginnings by themselves; the packs with the keys of the one that they follow before their own."""
+    (groups, _, each), (first, ends, _), (count, own, _) = seen.after.shape, seen.beginnings.shape, seen.packs.shape
+    split, shape = each * ends, q.shape
+    q, keys, values = (_laid(x, (groups, split + count // groups * own), x.ndim - 2) for x in (q, keys, values))
 
-    def after(x):
-        return behind(x[:, :ends], _laid(x[:, ends:], (count, own), 2))
+    def after(begun, then):
+        # A product, for its gradient is one too, where that of picking would be added up pack by pack.
+        chosen = jnp.einsum(
+            "npe,neckh->npckh",
+            seen.after.astype(begun.dtype),
+            _laid(begun, (groups, each, ends), 2),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return jnp.concatenate([_laid(chosen, (count, ends), 2), then], axis=1)
 
-    first = attend(q[:, :ends], keys[:, :ends], values[:, :ends], seen.beginning, kernel)
-    then = attend(_laid(q[:, ends:], (count, own), 3), after(keys), after(values), seen.packs, kernel)
-    return _laid(jnp.concatenate([first, _laid(then, (groups, total - ends), 3)], axis=1), shape[:2], 3)
+    begun = [_laid(x[:, :split], (first, ends), x.ndim - 2) for x in (q, keys, values)]
+    packs = [_laid(x[:, split:], (count, own), x.ndim - 2) for x in (q, keys, values)]
+    keys, values = (after(*both) for both in zip(begun[1:], packs[1:], strict=True))
+    mixed = (attend(*begun, seen.beginnings, kernel), attend(packs[0], keys, values, seen.packs, kernel))
+    mixed = [_laid(x, (groups, -1), 3) for x in mixed]
+    return _laid(jnp.concatenate(mixed, axis=1), shape[:2], 3)
 
 
 def behind(shared: Float[Array, "N C K H"], own: Float[Array, "B L K H"]) -> Float[Array, "B C+L K H"]:

@@ -2,13 +2,13 @@
 
 Rows of a batch are put into packs of one length, whole and one after the other; a token sees its own row only. What a
 row would give by itself it gives in a pack, up to rounding. What rows begin with in common, an instruction or a prompt,
-is computed once: it stands before the packs of its group, and they see it too. Packs are made on the host and per group
-of rows, which one device computes in one chunk (gradient caching), so nothing ever crosses devices.
+is computed once: it stands before packs, and they see it too. Packs are made on the host and per group of rows, which
+one device computes in one chunk (gradient caching), so nothing ever crosses devices.
 
-A group's tokens are what stands before its packs, and then the packs end to end: places count from there.
+A group's tokens are its beginnings, end to end, and then its packs: places count from there.
 
-Axes: B rows of each kind, N groups, M = B / N rows of a group, P packs of a group, L pack length, C tokens before them,
-T = C + P L tokens of a group, W window, D width, G texts of a prompt.
+Axes: B rows of each kind, N groups, M = B / N rows of a group, E beginnings of a group, C tokens of one, P packs of a
+group, L pack length, T = E C + P L tokens of a group, W window, D width, G texts of a prompt.
 """
 
 import math
@@ -27,7 +27,6 @@ from r3jax.model.qwen2 import Decoder, ModelConfig
 from r3jax.model.sharding import BATCH, out
 from r3jax.processes import gather
 
-TOGETHER = 256  # tokens of prompts, as long as they may be, of one group: all its packs have so many keys more
 _UNIT = 8  # tokens of a row of the model's, where packs follow a beginning: see `begun`
 
 
@@ -37,12 +36,13 @@ def pack_length(longest: int) -> int:
 
 
 class Beginning(NamedTuple):
-    """What stands before the packs of each group: one text or several, end to end."""
+    """What stands before packs: in each beginning one text or several, end to end."""
 
-    tokens: Any  # [N, C]
+    tokens: Any  # [N, E, C]
     positions: Any  # within the token's own text, from 0
     segments: Any  # which text, from 1; 0 is padding
-    follows: Any  # [N, P, L]: which of the texts a token of the packs goes on from
+    after: Any  # [N, P]: which beginning a pack stands behind
+    follows: Any  # [N, P, L]: which of its texts a token of the pack goes on from
 
 
 class Packs(NamedTuple):
@@ -83,21 +83,17 @@ def pack(
       that is as far before what a row has of its own as if the head stood there.
     """
     count = len(kinds[0][1])
-    if count % (shards * chunks):
-        raise ValueError(f"{count} rows cannot be split into {shards} shards of {chunks} chunks.")
+    groups = _groups(count, shards, chunks)
     heads = [tuple(head) for head in heads] or [()] * len(kinds)
     texts = [head for head in dict.fromkeys(heads) if head]
     own = [np.maximum(lengths - len(head), 1) for (_, lengths), head in zip(kinds, heads, strict=True)]
-    longest = max(int(sizes.max(initial=1)) for sizes in own)
-    if longest > length:
-        raise ValueError(f"a row of {longest} tokens does not fit into packs of {length}.")
     ids = [_cut(tokens, len(head), length) for (tokens, _), head in zip(kinds, heads, strict=True)]
     firsts = np.array([len(head) for head in heads])
     follows = np.array([1 + texts.index(head) if head else 0 for head in heads])
-    groups = np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
     each = len(groups[0])
     rows = [
-        (
+        _Behind(
+            texts,
             np.concatenate([x[members] for x in ids]),
             np.concatenate([x[members] for x in own]),
             np.repeat(firsts, each),
@@ -105,58 +101,69 @@ def pack(
         )
         for members in groups
     ]
-    packs, placed = _laid_out(rows, [texts] * len(groups), bucket_of(sum(map(len, texts))), length, agree)
+    packs, placed = _laid_out([[x] for x in rows], bucket_of(sum(map(len, texts))), length, agree)
     begins = [np.zeros(count, np.int32) for _ in kinds]
-    for members, places in zip(groups, placed, strict=True):
+    for members, [places] in zip(groups, placed, strict=True):
         for begin, first, of_kind in zip(begins, firsts, places.reshape(len(kinds), each), strict=True):
             begin[members] = of_kind - first
     return packs, begins
-
-
-def prompts_together(longest: int, rows: int) -> int:
-    """How many prompts of at most so many tokens make a group, of the rows of a device's chunk, which they divide.
-
-    With more of them less of their texts' last packs is empty; but each text has the keys of all.
-    """
-    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * longest <= TOGETHER))
 
 
 def pack_after(
     prompts: tuple[np.ndarray, np.ndarray],
     texts: tuple[np.ndarray, np.ndarray],
     *,
+    room: int,
     length: int,
     shards: int,
     chunks: int,
-    together: int,
     agree: Callable[[int], int] | None = None,
 ) -> tuple[Packs, np.ndarray, np.ndarray]:
-    """Texts packed behind their prompts, each of which is computed once.
+    """Texts packed behind their prompts, each of which is computed once; prompts are packed too.
 
     Args:
       prompts: right-padded [B, any width] and their lengths [B].
       texts: what follows each, right-padded [B, G, any width] and their lengths [B, G].
+      room: C, tokens of a beginning; no prompt may have more. In longer ones less is empty, of packs too, for the texts
+        of its prompts share them; but each token sees so many keys more. See `pack_length`.
       length, shards, chunks, agree: as of `pack`.
-      together: prompts of a group: of `prompts_together`.
 
     Returns:
-      Packs of B / together groups; where each prompt ends [B]: the place of its last token; and where each text would
-      begin if its prompt stood right before it [B, G].
+      Packs of shards * chunks groups; where each prompt ends [B]: the place of its last token; and where each text
+      would begin if its prompt stood right before it [B, G].
     """
     ids, starts = prompts
     count, group = texts[1].shape
     own = _cut(texts[0].reshape(count * group, -1), 0, length).reshape(count, group, length)
-    groups = np.arange(count).reshape(shards, -1, together, chunks).swapaxes(2, 3).reshape(-1, together)
-    numbers = np.repeat(1 + np.arange(together), group)
-    rows = [(own[m].reshape(-1, length), texts[1][m].ravel(), np.repeat(starts[m], group), numbers) for m in groups]
-    before = [[ids[b, : starts[b]] for b in members] for members in groups]
-    room = bucket_of((agree or _largest)(int(starts[groups].sum(1).max())))
-    packs, placed = _laid_out(rows, before, room, length, agree)
-    ends, begins = np.zeros(count, np.int32), np.zeros((count, group), np.int32)
-    for members, places in zip(groups, placed, strict=True):
-        ends[members] = np.cumsum(starts[members]) - 1
-        begins[members] = places.reshape(together, group) - starts[members, None]
+    groups = _groups(count, shards, chunks)
+    beginnings, ends = [], np.zeros(count, np.int32)
+    for members in groups:
+        first, _, used = _best_fit(starts[members], room)
+        ends[members] = first + starts[members] - 1
+        order = np.argsort(first)
+        beginnings.append(np.split(members[order], np.searchsorted(first[order], room * np.arange(1, used))))
+    most = min(_rounded((agree or _largest)(max(map(len, beginnings)))), len(groups[0]))
+
+    def rows(m):
+        numbers, firsts = (np.repeat(x, group) for x in (1 + np.arange(len(m)), starts[m]))
+        texts_before = [ids[b, : starts[b]] for b in m]
+        return _Behind(texts_before, own[m].reshape(-1, length), texts[1][m].ravel(), firsts, numbers)
+
+    nobody = np.zeros(0, np.int64)
+    beginnings = [each + [nobody] * (most - len(each)) for each in beginnings]
+    packs, placed = _laid_out([[rows(m) for m in each] for each in beginnings], room, length, agree)
+    begins = np.zeros((count, group), np.int32)
+    for each, places in zip(beginnings, placed, strict=True):
+        members = np.concatenate(each)
+        begins[members] = np.concatenate(places).reshape(-1, group) - starts[members, None]
     return packs, ends, begins
+
+
+def _groups(count: int, shards: int, chunks: int) -> np.ndarray:
+    """The rows of each group [N, M]: gradient caching takes every `chunks`-th of a shard's."""
+    if count % (shards * chunks):
+        raise ValueError(f"{count} rows cannot be split into {shards} shards of {chunks} chunks.")
+    return np.arange(count).reshape(shards, -1, chunks).transpose(0, 2, 1).reshape(shards * chunks, -1)
 
 
 def _cut(ids: np.ndarray, first: int, width: int) -> np.ndarray:
@@ -165,37 +172,56 @@ def _cut(ids: np.ndarray, first: int, width: int) -> np.ndarray:
     return np.pad(part, ((0, 0), (0, width - part.shape[1])))
 
 
-def _laid_out(rows, before, room: int, length: int, agree) -> tuple[Packs, list[np.ndarray]]:
-    """Packs, and the place of each row's first token, by group.
+class _Behind(NamedTuple):
+    """A beginning, and the rows of packs behind it."""
 
-    Args:
-      rows: of each group: ids [rows, L], lengths, position of the first token, and which text they follow, each [rows].
-      before: of each group: the texts that stand before its packs, in `room` tokens.
-    """
-    placed = [_best_fit(np.maximum(lengths, 1), length) for _, lengths, *_ in rows]
-    most = (agree or _largest)(max(used for _, _, used in placed))
-    most = min(_rounded(most), len(rows[0][1]))
-    tokens, positions, segments, follows = leaves = np.zeros((4, len(rows), most, length), np.int32)
-    for n, ((ids, lengths, firsts, texts), (starts, numbers, _)) in enumerate(zip(rows, placed, strict=True)):
-        row = np.repeat(np.arange(len(lengths)), lengths)
-        offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        values = (ids[row, offset], firsts[row] + offset, numbers[row], texts[row])
-        for leaf, x in zip(leaves, values, strict=True):
-            leaf[n].reshape(-1)[starts[row] + offset] = x
-    packs, places = Packs(tokens, positions, segments), [room + starts for starts, _, _ in placed]
+    texts: Sequence[Sequence[int] | np.ndarray]  # of the beginning
+    ids: np.ndarray  # of the rows [R, L]
+    lengths: np.ndarray  # [R]
+    firsts: np.ndarray  # position of each row's first token [R]
+    follows: np.ndarray  # which of the texts, from 1, each goes on from [R]; 0 for none
+
+
+def _laid_out(groups: list[list[_Behind]], room: int, length: int, agree) -> tuple[Packs, list[list[np.ndarray]]]:
+    """Packs, and the place of each row's first token, by group and beginning. `room`: tokens of a beginning."""
+    fits = [[_best_fit(np.maximum(behind.lengths, 1), length) for behind in group] for group in groups]
+    most = (agree or _largest)(max(sum(used for _, _, used in fit) for fit in fits))
+    most = min(_rounded(most), sum(len(behind.lengths) for behind in groups[0]))
+    count, each = len(groups), len(groups[0])
+    packed, after = np.zeros((4, count, most * length), np.int32), np.zeros((count, most), np.int32)
+    begun, placed = np.zeros((3, count, each * room), np.int32), []
+    for n, (group, fit) in enumerate(zip(groups, fits, strict=True)):
+        first, places = 0, []
+        for e, (behind, (starts, numbers, used)) in enumerate(zip(group, fit, strict=True)):
+            after[n, first : first + used] = e
+            starts, first = first * length + starts, first + used
+            row, offset = _each_token(behind.lengths)
+            values = (behind.ids[row, offset], behind.firsts[row] + offset, numbers[row], behind.follows[row])
+            packed[:, n, starts[row] + offset] = values
+            places.append(each * room + starts)
+            text, offset = _each_token([len(text) for text in behind.texts])
+            if len(text):
+                here = slice(e * room, e * room + len(text))
+                begun[:, n, here] = np.concatenate(behind.texts), offset, 1 + text
+        placed.append(places)
+    tokens, positions, segments, follows = packed.reshape(4, count, most, length)
     if not room:
-        return packs, places
-    tokens, positions, segments = np.zeros((3, len(rows), room), np.int32)
-    for n, texts in enumerate(before):
-        end = 0
-        for number, text in enumerate(texts, 1):
-            here, end = slice(end, end + len(text)), end + len(text)
-            tokens[n, here], positions[n, here], segments[n, here] = text, np.arange(len(text)), number
-    return packs._replace(before=Beginning(tokens, positions, segments, follows)), places
+        return Packs(tokens, positions, segments), placed
+    first, there, texts = begun.reshape(3, count, each, room)
+    return Packs(tokens, positions, segments, Beginning(first, there, texts, after, follows)), placed
+
+
+def _each_token(lengths) -> tuple[np.ndarray, np.ndarray]:
+    """Which row each token is of, end to end, and its place there."""
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return row, np.arange(len(row)) - (ends - lengths)[row]
 
 
 def _best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Where each row begins, its number in its pack (from 1), and how many packs of `size` there are."""
+    if lengths.max(initial=0) > size:
+        raise ValueError(f"a row of {lengths.max()} tokens does not fit into packs of {size}.")
     starts, numbers = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     free: list[list[tuple[int, int]]] = [[] for _ in range(size + 1)]  # by room left: (pack, rows in it)
     used = 0
@@ -241,12 +267,15 @@ def begun(packs: Packs) -> tuple[Int[Array, "R U"], Int[Array, "R U"], Begun]:
     axis of thousands XLA sums the gradients of norms on one core of a CPU."""
     before, (count, most, length) = packs.before, packs.tokens.shape
     assert before is not None
-    follows = before.segments[:, None, None, :] == before.follows[..., None]
+    texts = jnp.take_along_axis(before.segments, before.after[..., None], axis=1)  # of each pack's beginning
+    follows = texts[:, :, None, :] == before.follows[..., None]
     follows = jnp.reshape(follows, (count * most, length, -1), out_sharding=out(P(BATCH, None, None)))
-    seen = Begun(visible(before.segments), visible(_rows(packs.segments, (-1, length)), follows))
+    first, then = (_rows(x, (-1, x.shape[2])) for x in (before.segments, packs.segments))
+    after = before.after[..., None] == jnp.arange(before.tokens.shape[1])
+    seen = Begun(visible(first), visible(then, follows), after)
 
     def laid(first, then):
-        group = jnp.concatenate([first, _rows(then, (count, most * length))], axis=1)
+        group = jnp.concatenate([_rows(x, (count, x.shape[1] * x.shape[2])) for x in (first, then)], axis=1)
         return _rows(group, (-1, math.gcd(group.shape[1], _UNIT)))
 
     return laid(before.tokens, packs.tokens), laid(before.positions, packs.positions), seen

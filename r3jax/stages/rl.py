@@ -21,7 +21,7 @@ import optax
 from r3jax.data.stream import stream
 from r3jax.errors import UserError
 from r3jax.model.encoder import bucket_of, encode_rows, pad
-from r3jax.model.packing import pack, pack_after, pack_length, prompts_together
+from r3jax.model.packing import pack, pack_after, pack_length
 from r3jax.model.qwen2 import ModelConfig
 from r3jax.model.sharding import batch_parts, batch_share, own_rows, put_batch
 from r3jax.processes import here
@@ -183,14 +183,13 @@ class RL:
             begins = np.stack(rows, 1)
             ends = (begins + starts - 1)[:, 0]
         else:
-            longest = self.chat.reasoning_extra + self.lengths.query
             packs, ends, begins = pack_after(
                 (tokens[:, 0], starts[:, 0]),
                 (np.take_along_axis(tokens, starts[..., None] + np.arange(new), axis=2), lengths - starts),
+                room=pack_length(self.chat.reasoning_extra + self.lengths.query),
                 length=bucket_of(new),
                 shards=shards,
                 chunks=self._chunks,
-                together=prompts_together(longest, len(tokens) // shards // self._chunks),
             )
         docs, doc_ends = batch["docs"], batch["doc_lengths"]
         kinds = [(docs[:, i], doc_ends[:, i]) for i in range(docs.shape[1])]
