@@ -207,8 +207,8 @@ def _laid_out(groups: list[list[_Behind]], room: int, length: int, agree) -> tup
     tokens, positions, segments, follows = packed.reshape(4, count, most, length)
     if not room:
         return Packs(tokens, positions, segments), placed
-    first, there, texts = begun.reshape(3, count, each, room)
-    return Packs(tokens, positions, segments, Beginning(first, there, texts, after, follows)), placed
+    ids, there, texts = begun.reshape(3, count, each, room)
+    return Packs(tokens, positions, segments, Beginning(ids, there, texts, after, follows)), placed
 
 
 def _each_token(lengths) -> tuple[np.ndarray, np.ndarray]:
